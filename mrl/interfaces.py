@@ -1,0 +1,112 @@
+"""The seams between the training loop and what it drives.
+
+`trainer/ppo.py` sees only these. Every rank runs the same loop over the same global batch; which part of it a rank
+computes, and over which processes, is the implementation's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mrl.types import Generation, Metric, Prompt, Sample, SamplingParams, TrainBatch
+
+ModelOutput = Mapping[str, Tensor]
+"""Of one micro-batch, aligned with its tokens: `log_probs` and, if asked for, `entropy`, or `values`; [b, t] float32."""
+
+LossFn = Callable[[ModelOutput, TrainBatch], tuple[Tensor, dict[str, Metric]]]
+"""Scalar loss of one micro-batch, already divided by the denominators of its whole mini-batch.
+
+The sum of the results over all micro-batches of all data-parallel ranks is the mini-batch's loss.
+"""
+
+
+class TrainEngine(Protocol):
+    """One role's model (actor, critic or reference). Called by all ranks with the same arguments."""
+
+    def compute_log_probs(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+        """Log-probs of `batch.tokens` at the sampling temperature. [B, T] float32, on every rank; entry 0 is 0."""
+        ...
+
+    def compute_values(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+        """Value before each token. [B, T] float32, on every rank; entry 0 is 0."""
+        ...
+
+    def update(
+        self, mini_batch: TrainBatch, loss_fn: LossFn, *, micro_batch_size: int, with_entropy: bool = False
+    ) -> dict[str, float]:
+        """One optimizer step. Returns the reduced metrics of `loss_fn`, with `loss`, `grad_norm` and `lr` added."""
+        ...
+
+    def close(self) -> None:
+        """Release process groups and buffers."""
+        ...
+
+
+@dataclass(kw_only=True, frozen=True)
+class WeightUpdateReport:
+    """What one reshard into one engine did."""
+
+    weight_version: int
+    bytes: int
+    ops: int
+    pull_s: float
+    """Slowest engine rank, copy and verification."""
+    call_s: float
+    """Whole call as its caller sees it."""
+
+
+class RolloutEngine(Protocol):
+    """One SGLang engine, used by the rank that owns it. Every call has a deadline; a dead engine raises EngineError."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
+        """One response to each prompt, in order."""
+        ...
+
+    def update_weights(self, control: Mapping[str, Any], *, weight_version: int) -> WeightUpdateReport:
+        """Have every engine rank pull its weights; `control` is JSON for the weight loader.
+
+        Raises EngineError with every failing rank's own message; the engine stays usable.
+        """
+        ...
+
+    def release_memory(self, tags: Sequence[str]) -> None: ...
+
+    def resume_memory(self, tags: Sequence[str]) -> None: ...
+
+    def shutdown(self) -> None:
+        """Stop all engine processes; idempotent."""
+        ...
+
+
+class EngineError(RuntimeError):
+    """A rollout engine failed to start, died or refused a call; the message carries the child's own error."""
+
+
+class Rollout(Protocol):
+    """All rollout engines of the job. Called by all ranks with the same arguments."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """One sample for each prompt, in order, on every rank."""
+        ...
+
+    def update_weights(self) -> dict[str, float]:
+        """Reshard the actor's current weights into every engine; returns `reshard/*` metrics."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RewardFn(Protocol):
+    """Scores samples. Knows nothing of ranks; runs concurrently with other calls."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[tuple[float, dict[str, float]]]:
+        """Reward and named parts of each sample. A failing verifier raises RewardError naming the sample."""
+        ...
+
+
+class RewardError(RuntimeError):
+    """A reward function raised or returned something that is not a finite number."""

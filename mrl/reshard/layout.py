@@ -1,0 +1,69 @@
+"""Where every part of a parameter lies in the Hugging Face checkpoint, as boxes of rows and columns.
+
+A tensor is seen as 2-D: [n] counts as [n, 1] (rows n, one column). Layer numbers in names are global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a Hugging Face tensor and where it lies in a local parameter. Units are elements."""
+
+    tensor: str
+    row: int
+    col: int
+    rows: int
+    cols: int
+    local_row: int
+    local_col: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class SourceParam:
+    """One parameter in one rank's exported buffers."""
+
+    name: str
+    """Megatron's name with the layer's global number."""
+    shape: tuple[int, ...]
+    buffer: int
+    """Index into `SourceRank.buffers`."""
+    offset_bytes: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class SourceBuffer:
+    """One exported block of memory; how to open it is the transport's business."""
+
+    handle: str
+    num_bytes: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class SourceRank:
+    """What one trainer rank exports. JSON-serialisable through `to_json`."""
+
+    rank: int
+    tp_rank: int
+    tp_size: int
+    host: str
+    device: int
+    """CUDA device index on its host; -1 on CPU."""
+    dtype: str
+    """Torch's name: "float32", "bfloat16"."""
+    buffers: tuple[SourceBuffer, ...]
+    params: tuple[SourceParam, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SourceRank:
+        buffers = tuple(SourceBuffer(**item) for item in data["buffers"])
+        params = tuple(SourceParam(**{**item, "shape": tuple(item["shape"])}) for item in data["params"])
+        return cls(**{**data, "buffers": buffers, "params": params})

@@ -1,0 +1,138 @@
+"""Data that travels between the stages of a training step.
+
+Shape legend, used everywhere: B samples, T padded tokens, N packed tokens, V vocabulary, V/tp its local shard.
+
+Alignment, used everywhere: entry [b, t] of a per-token tensor belongs to token t of sample b. Its log-prob is that of
+token t given the tokens before it, its value is the critic's estimate before token t was emitted. Samples are stored
+left-aligned (prompt, response, padding), so a causal model needs no padding mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class Prompt:
+    """One row of the data set, tokenized with its chat template."""
+
+    uid: str
+    """Stable over epochs: file and row."""
+    token_ids: list[int]
+    messages: list[dict[str, Any]]
+    data_source: str
+    """Names the task; rule-based rewards are chosen by it."""
+    ground_truth: Any = None
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SamplingParams:
+    """How an engine samples one response; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Generation:
+    """What an engine returns for one prompt."""
+
+    response_ids: list[int]
+    rollout_log_probs: list[float]
+    """One per response token, natural log, of the distribution before top-p/top-k, at the sampling temperature."""
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """A prompt with one response and, once scored, its reward."""
+
+    prompt: Prompt
+    generation: Generation
+    response_text: str = ""
+    reward: float | None = None
+    reward_info: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class TrainBatch:
+    """Samples as padded CPU tensors; later stages fill in the optional fields."""
+
+    tokens: Tensor
+    """[B, T] int64, right padded."""
+    lengths: Tensor
+    """[B] int64, prompt plus response."""
+    loss_mask: Tensor
+    """[B, T] bool, True on tokens that are trained."""
+    rollout_log_probs: Tensor | None = None
+    """[B, T] float32, from the engine that sampled; 0 outside the response."""
+    old_log_probs: Tensor | None = None
+    """[B, T] float32, from the trainer before the first update of this step."""
+    ref_log_probs: Tensor | None = None
+    """[B, T] float32, from the reference model."""
+    values: Tensor | None = None
+    """[B, T] float32, from the critic before the first update of this step."""
+    rewards: Tensor | None = None
+    """[B, T] float32, per token, KL penalty already subtracted if configured."""
+    advantages: Tensor | None = None
+    """[B, T] float32."""
+    returns: Tensor | None = None
+    """[B, T] float32, the critic's regression target."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, indices: Sequence[int] | Tensor) -> TrainBatch:
+        """The samples at `indices`, in that order, with the same padded width."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        return self._map(lambda tensor: tensor[index])
+
+    def trim(self, multiple: int = 1) -> TrainBatch:
+        """The same samples cut to the longest of them, rounded up to `multiple` tokens (padding with zeros)."""
+        width = -(-int(self.lengths.max()) // multiple) * multiple
+
+        def cut(tensor: Tensor) -> Tensor:
+            if tensor.dim() < 2:
+                return tensor
+            short = width - tensor.shape[1]
+            return torch.nn.functional.pad(tensor, (0, short)) if short > 0 else tensor[:, :width]
+
+        return self._map(cut)
+
+    def with_fields(self, **tensors: Tensor | None) -> TrainBatch:
+        """A copy with the named fields replaced."""
+        return replace(self, **tensors)
+
+    def _map(self, function: Any) -> TrainBatch:
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TrainBatch(**{name: None if value is None else function(value) for name, value in present.items()})
+
+
+Reduction = Literal["sum", "max", "min"]
+
+
+@dataclass(slots=True, frozen=True)
+class Metric:
+    """One micro-batch's contribution to a logged number, and how contributions combine.
+
+    A mean is a "sum" whose contributions are already divided by the denominator of the whole mini-batch.
+    """
+
+    value: Tensor
+    """Scalar float32."""
+    reduction: Reduction = "sum"

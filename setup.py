@@ -1,0 +1,8 @@
+"""Package build; the optional compiled extension of csrc/ is added where a compiler for it exists."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["mrl", "mrl.*"])],
+    package_data={"mrl": ["py.typed"]},
+)
