@@ -1,0 +1,96 @@
+"""Model families: from config.json to a `ModelSpec`, and where each local parameter lies in the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mrl.reshard.families import decoder, llama, qwen2
+from mrl.reshard.families.config import Config
+from mrl.reshard.families.decoder import Cut, LocalParam, tensor_shapes
+from mrl.reshard.layout import Piece
+from mrl.reshard.spec import ModelSpec
+
+__all__ = [
+    "expected_megatron_shape",
+    "expected_sglang_shape",
+    "megatron_pieces",
+    "sglang_pieces",
+    "spec_from_config",
+    "tensor_shapes",
+]
+
+_FAMILIES: dict[str, tuple[str, Callable[[Config], ModelSpec]]] = {
+    "llama": (llama.ARCHITECTURE, llama.spec_from_config),
+    "qwen2": (qwen2.ARCHITECTURE, qwen2.spec_from_config),
+}
+
+_REMEDY = {
+    "SGLang": ". SGLang on CPU pads instead of replicating: KV heads to a multiple of its tensor parallel size and "
+    "intermediate_size to a multiple of 32 times it; choose a size that divides both"
+}
+
+
+def spec_from_config(config: Config) -> ModelSpec:
+    """The spec of a parsed config.json.
+
+    Raises:
+        ValueError: an unsupported `model_type` or architecture, a missing size, or a field that cannot be honoured.
+    """
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise ValueError(f"model_type = {family!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
+    architecture, read = _FAMILIES[family]
+    architectures = config.get("architectures") or [architecture]
+    if architecture not in architectures:
+        raise ValueError(f"architectures = {architectures} of a {family} model is not supported; use {architecture}")
+    return read(config)
+
+
+def megatron_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int) -> list[Piece]:
+    """Where one rank's Megatron parameter lies in the checkpoint.
+
+    Args:
+        name: in GPTModel (local or transformer-engine spec), with the layer's global number.
+        shape: of the live parameter; vocabulary rows may be padded, and padded rows are in no piece.
+
+    Raises:
+        ValueError: unknown name, a layout that does not divide, or another shape than the layout gives.
+    """
+    cut = Cut("Megatron", tp_rank, tp_size)
+    return _checked(decoder.megatron_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
+
+
+def sglang_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int) -> list[Piece]:
+    """Where one engine rank's parameter lies in the checkpoint; as `megatron_pieces`, under SGLang's CUDA rules."""
+    cut = Cut("SGLang", tp_rank, tp_size)
+    return _checked(decoder.sglang_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
+
+
+def expected_megatron_shape(
+    spec: ModelSpec, name: str, *, tp_size: int, padded_vocab_size: int | None = None
+) -> tuple[int, ...]:
+    """Shape of one rank's Megatron parameter; the vocabulary is `padded_vocab_size`, by default unpadded."""
+    cut = Cut("Megatron", 0, tp_size)
+    rows = cut.share(padded_vocab_size or spec.vocab_size, "padded vocabulary") if _is_vocabulary(name) else 0
+    return decoder.megatron_param(spec, name, cut, vocab_rows=rows).shape
+
+
+def expected_sglang_shape(spec: ModelSpec, name: str, *, tp_size: int, vocab_multiple: int = 64) -> tuple[int, ...]:
+    """Shape of one engine rank's parameter; SGLang pads the vocabulary to a multiple of 64."""
+    cut = Cut("SGLang", 0, tp_size)
+    padded = -(-spec.vocab_size // vocab_multiple) * vocab_multiple
+    rows = cut.share(padded, "padded vocabulary") if _is_vocabulary(name) else 0
+    return decoder.sglang_param(spec, name, cut, vocab_rows=rows).shape
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name in decoder.VOCABULARY_PARAMS
+
+
+def _checked(param: LocalParam, name: str, shape: Sequence[int], cut: Cut) -> list[Piece]:
+    if tuple(shape) == param.shape:
+        return param.pieces
+    message = (
+        f"{cut.side} parameter {name} has shape {tuple(shape)}, but its layout at tensor parallel size {cut.size} is "
+    )
+    raise ValueError(f"{message}{param.shape}{_REMEDY.get(cut.side, '; check the sizes in config.json')}")
