@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
-T = TypeVar("T")
 
-
-def broadcast_result(compute: Callable[[], T], *, source_rank: int = 0) -> T:
+def broadcast_result[T](compute: Callable[[], T], *, source_rank: int = 0) -> T:
     """What `compute` returns on `source_rank`, on every rank.
 
     Called by all ranks; only `source_rank` runs `compute`. An exception there is raised on every rank.
@@ -24,7 +22,7 @@ def broadcast_result(compute: Callable[[], T], *, source_rank: int = 0) -> T:
     return _unwrap([box[0]])[0]
 
 
-def gather_results(compute: Callable[[], T]) -> list[T]:
+def gather_results[T](compute: Callable[[], T]) -> list[T]:
     """What `compute` returns on each rank, in rank order, on every rank.
 
     Called by all ranks. If any of them failed, the lowest failing rank's exception is raised on every rank.

@@ -1,0 +1,34 @@
+# Two commands do everything: `make demo` and `make test`. Both build the environment first; both are idempotent.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test unit lint env lock clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)  ## train PPO on the embedded task: 8 ranks, real engines, no GPU needed
+	$(VENV)/bin/mrl demo $(ARGS)
+
+test: lint  ## everything that CI checks
+	$(PYTHON) -m pytest tests $(ARGS)
+
+unit: $(STAMP)  ## the fast part of the tests
+	$(PYTHON) -m pytest tests/unit $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check mrl tests tools examples setup.py
+	$(VENV)/bin/ruff format --check mrl tests tools examples setup.py
+	$(VENV)/bin/mypy
+
+env: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml setup.py
+	sh tools/make_env.sh $(VENV)
+	touch $@
+
+lock:  ## resolve the pinned requirements again
+	$(VENV)/bin/uv pip compile --quiet --python $(PYTHON) --extra dev --extra ray pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
