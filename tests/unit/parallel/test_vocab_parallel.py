@@ -1,0 +1,221 @@
+"""Vocab-parallel log-probs and entropy against torch's own log_softmax and autograd over the whole vocabulary."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from mrl.launch.environment import RankEnvironment
+from mrl.launch.fork import run_ranks
+from mrl.parallel import vocab_parallel
+from mrl.parallel.vocab_parallel import (
+    vocab_parallel_entropy,
+    vocab_parallel_log_probs,
+    vocab_parallel_log_probs_and_entropy,
+)
+
+VOCAB_SIZE, PADDED_SIZE = 37, 48
+TEMPERATURE = 0.7
+# Sums over 37 float32 terms of size one: a few rounding steps of 6e-8, times the values' size of up to 10.
+TOLERANCE = 2e-6
+
+
+def run_on_gloo(work: Callable[[int], Any], world_size: int) -> list[Any]:
+    """`work(rank)` in forked ranks joined by a gloo group; results (no tensors) in rank order."""
+
+    def rank_main(env: RankEnvironment) -> Any:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
+        try:
+            return work(env.rank)
+        finally:
+            dist.destroy_process_group()
+
+    return run_ranks(rank_main, world_size, timeout_s=60)
+
+
+def make_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits with loud padding columns, targets that touch every shard, and weights of the two results."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(3, 5, PADDED_SIZE, generator=generator)).to(dtype)
+    logits[..., VOCAB_SIZE:] = 50.0
+    targets = torch.randint(0, VOCAB_SIZE, (3, 5), generator=generator)
+    targets[0, :3] = torch.tensor([0, VOCAB_SIZE - 1, PADDED_SIZE // 2])
+    return logits, targets, torch.randn(3, 5, generator=generator), torch.randn(3, 5, generator=generator)
+
+
+def reference(
+    logits: torch.Tensor, targets: torch.Tensor, log_prob_weight: torch.Tensor, entropy_weight: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probs, entropy and the gradient of their weighted sum, in float64 over the whole vocabulary."""
+    leaf = logits.double().requires_grad_()
+    log_softmax = (leaf[..., :VOCAB_SIZE] / TEMPERATURE).log_softmax(-1)
+    log_probs = log_softmax.gather(-1, targets[..., None])[..., 0]
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    ((log_prob_weight * log_probs).sum() + (entropy_weight * entropy).sum()).backward()
+    assert leaf.grad is not None
+    return log_probs.detach().numpy(), entropy.detach().numpy(), leaf.grad.numpy()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_equal_log_softmax_over_the_whole_vocabulary(tp_size: int, dtype: torch.dtype) -> None:
+    logits, targets, log_prob_weight, entropy_weight = make_case(dtype)
+
+    def work(rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shard = logits.chunk(tp_size, -1)[rank].clone().requires_grad_()
+        before = shard.detach().clone()
+        log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+            shard, targets, tp_group=dist.group.WORLD, vocab_size=VOCAB_SIZE, temperature=TEMPERATURE
+        )
+        ((log_prob_weight * log_probs).sum() + (entropy_weight * entropy).sum()).backward()
+        assert torch.equal(shard.detach(), before)
+        assert log_probs.dtype == entropy.dtype == torch.float32
+        assert shard.grad is not None
+        assert shard.grad.dtype == dtype
+        return log_probs.detach().numpy(), entropy.detach().numpy(), shard.grad.float().numpy()
+
+    results = run_on_gloo(work, tp_size)
+    log_probs, entropy, gradient = reference(logits, targets, log_prob_weight, entropy_weight)
+    for result in results:
+        np.testing.assert_allclose(result[0], log_probs, atol=TOLERANCE)
+        np.testing.assert_allclose(result[1], entropy, atol=TOLERANCE)
+    # The gradient is rounded once to the logits' dtype: half a unit in the last of bfloat16's 8 bits.
+    rtol = 2**-8 if dtype == torch.bfloat16 else 0.0
+    np.testing.assert_allclose(
+        np.concatenate([result[2] for result in results], -1), gradient, rtol=rtol, atol=TOLERANCE
+    )
+
+
+def test_a_rank_that_holds_only_padding_takes_part() -> None:
+    logits, targets, *_ = make_case()
+    logits, targets = logits[..., :20], targets % 5
+
+    def work(rank: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = logits.chunk(4, -1)[rank].clone().requires_grad_()
+        log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+            shard, targets, tp_group=dist.group.WORLD, vocab_size=5
+        )
+        (log_probs.sum() + entropy.sum()).backward()
+        assert shard.grad is not None
+        return log_probs.detach().numpy(), shard.grad.numpy()
+
+    results = run_on_gloo(work, 4)
+    expected = logits[..., :5].log_softmax(-1).gather(-1, targets[..., None])[..., 0].numpy()
+    for log_probs, _ in results:
+        np.testing.assert_allclose(log_probs, expected, atol=TOLERANCE)
+    assert np.abs(results[0][1]).max() > 0.1
+    assert all((gradient == 0).all() for _, gradient in results[1:])
+
+
+def test_hand_worked_case() -> None:
+    # Odds 1 : 2 : 5 at temperature 2, so logits are twice their logarithms.
+    odds = torch.tensor([1.0, 2.0, 5.0])
+    logits = (2 * odds.log()).expand(1, 3, 3)
+    targets = torch.tensor([[0, 1, 2]])
+    log_probs = vocab_parallel_log_probs(logits, targets, tp_group=None, vocab_size=3, temperature=2.0)
+    entropy = vocab_parallel_entropy(logits, tp_group=None, vocab_size=3, temperature=2.0)
+    expected = [math.log(1 / 8), math.log(1 / 4), math.log(5 / 8)]
+    assert log_probs[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert entropy[0, 0].item() == pytest.approx(-sum(p * math.log(p) for p in (1 / 8, 1 / 4, 5 / 8)), abs=1e-6)
+    # d log p(0) / d logit = (one-hot - p) / temperature
+    leaf = logits[:, :1].clone().requires_grad_()
+    vocab_parallel_log_probs(leaf, targets[:, :1], tp_group=None, vocab_size=3, temperature=2.0).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad[0, 0].tolist() == pytest.approx([7 / 16, -1 / 8, -5 / 16], abs=1e-6)
+
+
+def test_analytic_gradients_pass_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 5, (2, 3), generator=generator)
+
+    def both(leaf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return vocab_parallel_log_probs_and_entropy(leaf, targets, tp_group=None, vocab_size=5, temperature=0.8)
+
+    assert torch.autograd.gradcheck(both, (logits,))
+    assert torch.autograd.gradcheck(lambda leaf: both(leaf)[0], (logits,))
+    assert torch.autograd.gradcheck(lambda leaf: vocab_parallel_entropy(leaf, tp_group=None, vocab_size=5), (logits,))
+
+
+def test_slicing_over_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets, log_prob_weight, entropy_weight = make_case()
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        leaf = logits.clone().requires_grad_()
+        log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+            leaf, targets, tp_group=None, vocab_size=VOCAB_SIZE, temperature=TEMPERATURE
+        )
+        ((log_prob_weight * log_probs).sum() + (entropy_weight * entropy).sum()).backward()
+        assert leaf.grad is not None
+        return log_probs.detach(), entropy.detach(), leaf.grad
+
+    whole = compute()
+    monkeypatch.setattr(vocab_parallel, "_SLICE_ELEMENTS", 2 * 3 * PADDED_SIZE)
+    for one, other in zip(whole, compute(), strict=True):
+        # Vectorised sums may group a row's terms differently.
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+
+
+def test_no_grad_pass_holds_one_slice_of_float32_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slice_elements, num_tokens, width = 4096, 256, 512
+    monkeypatch.setattr(vocab_parallel, "_SLICE_ELEMENTS", slice_elements)
+    logits = torch.randn(1, num_tokens, width).bfloat16()
+    targets = torch.zeros(1, num_tokens, dtype=torch.long)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        vocab_parallel_log_probs(logits, targets, tp_group=None, vocab_size=width)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    # One float32 slice, besides a few numbers per token; all logits in float32 would be 524288 bytes.
+    assert 4 * slice_elements <= peak <= 2 * 4 * slice_elements + 16 * 8 * num_tokens
+
+
+def test_transposed_and_packed_logits_give_the_same_result() -> None:
+    logits, targets, *_ = make_case()
+    expected = vocab_parallel_log_probs(logits, targets, tp_group=None, vocab_size=VOCAB_SIZE)
+    sequence_first = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(
+        vocab_parallel_log_probs(sequence_first, targets, tp_group=None, vocab_size=VOCAB_SIZE), expected
+    )
+    packed = vocab_parallel_log_probs(logits.flatten(0, 1), targets.flatten(), tp_group=None, vocab_size=VOCAB_SIZE)
+    assert torch.equal(packed, expected.flatten())
+
+
+def test_large_common_offsets_cost_no_precision() -> None:
+    logits, targets, *_ = make_case()
+    # Multiples of 1/64 stay exact under the offset.
+    logits = (logits * 64).round() / 64
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(logits, targets, tp_group=None, vocab_size=VOCAB_SIZE)
+    far = vocab_parallel_log_probs_and_entropy(logits + 65536, targets, tp_group=None, vocab_size=VOCAB_SIZE)
+    assert torch.equal(far[0], log_probs)
+    assert torch.equal(far[1], entropy)
+
+
+def test_target_outside_the_vocabulary_is_nan_not_a_number_that_looks_right() -> None:
+    logits, targets, *_ = make_case()
+    targets[1, 1], targets[2, 2] = VOCAB_SIZE, -100
+    log_probs = vocab_parallel_log_probs(logits, targets, tp_group=None, vocab_size=VOCAB_SIZE)
+    assert log_probs.isnan().nonzero().tolist() == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"vocab_size": PADDED_SIZE + 1}, "vocab_size = 49"),
+        ({"targets": torch.zeros(3, 4, dtype=torch.long)}, "targets"),
+    ],
+)
+def test_bad_arguments_are_refused(change: dict[str, Any], message: str) -> None:
+    logits, targets, *_ = make_case()
+    arguments = {"targets": targets, "tp_group": None, "vocab_size": VOCAB_SIZE, **change}
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_log_probs(logits, **arguments)
