@@ -5,7 +5,8 @@ A tensor is seen as 2-D: [n] counts as [n, 1] (rows n, one column). Layer number
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -58,8 +59,6 @@ class SourceRank:
     params: tuple[SourceParam, ...]
 
     def to_json(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return asdict(self)
 
     @classmethod
@@ -67,3 +66,44 @@ class SourceRank:
         buffers = tuple(SourceBuffer(**item) for item in data["buffers"])
         params = tuple(SourceParam(**{**item, "shape": tuple(item["shape"])}) for item in data["params"])
         return cls(**{**data, "buffers": buffers, "params": params})
+
+
+@dataclass(kw_only=True, frozen=True)
+class TargetParam:
+    """One live parameter of an engine rank; contiguous, so its bytes run row by row."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Torch's name, as in `SourceRank.dtype`."""
+    element_size: int
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.shape[1] if len(self.shape) > 1 else 1) * self.element_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+def targets_of(named_parameters: Iterable[tuple[str, Any]]) -> list[TargetParam]:
+    """The manifest of a live module, from its `named_parameters()`; tensors are only looked at.
+
+    Raises:
+        ValueError: a parameter is not contiguous or has neither one nor two dimensions.
+    """
+    targets = []
+    for name, param in named_parameters:
+        shape = tuple(param.shape)
+        if len(shape) not in (1, 2):
+            raise ValueError(f"parameter {name} has shape {shape}; only 1 or 2 dimensions can be resharded")
+        if not param.is_contiguous():
+            raise ValueError(f"parameter {name} of shape {shape} has strides {param.stride()}; it must be contiguous")
+        dtype = str(param.dtype).removeprefix("torch.")
+        targets.append(TargetParam(name=name, shape=shape, dtype=dtype, element_size=param.element_size()))
+    return targets

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from mrl.reshard.families import decoder, llama, qwen2
 from mrl.reshard.families.config import Config
-from mrl.reshard.families.decoder import Cut, LocalParam, tensor_shapes
+from mrl.reshard.families.decoder import VOCABULARY_PARAMS, Cut, LocalParam, tensor_shapes
 from mrl.reshard.layout import Piece
 from mrl.reshard.spec import ModelSpec
 
 __all__ = [
+    "VOCABULARY_PARAMS",
     "expected_megatron_shape",
     "expected_sglang_shape",
     "megatron_pieces",
@@ -84,7 +85,7 @@ def expected_sglang_shape(spec: ModelSpec, name: str, *, tp_size: int, vocab_mul
 
 
 def _is_vocabulary(name: str) -> bool:
-    return name in decoder.VOCABULARY_PARAMS
+    return name in VOCABULARY_PARAMS
 
 
 def _checked(param: LocalParam, name: str, shape: Sequence[int], cut: Cut) -> list[Piece]:
