@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mrl", "mrl.*"])],
-    package_data={"mrl": ["py.typed"]},
+    packages=[*find_packages(include=["mrl", "mrl.*"]), "mrl.configs"],
+    package_dir={"mrl.configs": "configs"},
+    package_data={"mrl": ["py.typed"], "mrl.configs": ["*.yaml", "*/*.yaml"]},
 )

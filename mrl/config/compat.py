@@ -1,0 +1,138 @@
+"""verl's older spellings: translated where their meaning is ours, explained where it is not.
+
+Works on the list of assignments before anything is composed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mrl.config.errors import ConfigError
+from mrl.config.keys import suggest_keys
+
+ROLES = {"actor_rollout_ref.actor": "actor_rollout_ref.model", "critic": "critic.model"}
+"""Each trained role's section, and where its model's settings are."""
+
+ALIASES = {
+    "actor_rollout_ref.actor.fsdp_config.param_offload": "actor_rollout_ref.actor.megatron.param_offload",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": "actor_rollout_ref.actor.megatron.optimizer_offload",
+    "actor_rollout_ref.ref.fsdp_config.param_offload": "actor_rollout_ref.ref.megatron.param_offload",
+    "critic.model.fsdp_config.param_offload": "critic.megatron.param_offload",
+    "critic.model.fsdp_config.optimizer_offload": "critic.megatron.optimizer_offload",
+    "custom_reward_function.path": "reward.custom_reward_function.path",
+    "custom_reward_function.name": "reward.custom_reward_function.name",
+    "reward_model.num_workers": "reward.num_workers",
+}
+"""Accepted and mapped, with one logged line."""
+
+_KWARGS_ALIAS = ("custom_reward_function.reward_kwargs.", "reward.custom_reward_function.reward_kwargs.")
+
+ADVICE = {
+    "actor_rollout_ref.actor.strategy": "drop it: Megatron is the only training backend",
+    "critic.strategy": "drop it: Megatron is the only training backend",
+    "actor_rollout_ref.ref.strategy": "drop it: Megatron is the only training backend",
+    "actor_rollout_ref.actor.grad_clip": "set actor_rollout_ref.actor.optim.clip_grad",
+    "critic.grad_clip": "set critic.optim.clip_grad",
+    "actor_rollout_ref.actor.optim.warmup_style": "set actor_rollout_ref.actor.optim.lr_decay_style",
+    "critic.optim.warmup_style": "set critic.optim.lr_decay_style",
+    "actor_rollout_ref.actor.data_loader_seed": "set trainer.seed",
+    "critic.kl_ctrl.kl_coef": "set algorithm.kl_ctrl.kl_coef",
+    "actor_rollout_ref.rollout.do_sample": "set actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": (
+        "set actor_rollout_ref.rollout.val_kwargs.temperature (0 is greedy)"
+    ),
+    "actor_rollout_ref.model.enable_gradient_checkpointing": (
+        "set actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity, _method and "
+        "_num_layers; on the command line the key is translated to them"
+    ),
+    "critic.model.enable_gradient_checkpointing": (
+        "set critic.megatron.override_transformer_config.recompute_granularity, _method and _num_layers; "
+        "on the command line the key is translated to them"
+    ),
+    "trainer.val_generations_to_log_to_wandb": "set trainer.log_val_generations",
+    "trainer.remove_previous_ckpt_in_save": "drop it: checkpoints are kept",
+    "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
+}
+"""Keys that verl has or had and that are refused, with what to do instead."""
+
+_FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
+_NO_RECOMPUTE = {"recompute_granularity": "null", "recompute_method": "null", "recompute_num_layers": "null"}
+
+
+@dataclass(kw_only=True, frozen=True)
+class Assignment:
+    """One `key=value` of the command line; the value is still text."""
+
+    key: str
+    value: str
+
+
+def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    """The assignments in today's spelling, and lines to log about what was mapped.
+
+    Raises:
+        ConfigError: an old and a new spelling of the same key are set to different values.
+    """
+    assignments, offload_notes = _translate_aliases(assignments)
+    assignments, recompute_notes = _translate_recompute(assignments)
+    return assignments, offload_notes + recompute_notes
+
+
+def explain_unknown(key: str) -> str:
+    """One line about a key that does not exist: what replaced it, or which known ones are nearest."""
+    target = ALIASES.get(key)
+    if target or key in ADVICE:
+        return f"unknown key {key}: {f'set {target}' if target else ADVICE[key]}"
+    nearest = suggest_keys(key)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see docs/config.md for all keys"
+    return f"unknown key {key}: {hint}"
+
+
+def _translate_aliases(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    values = {item.key: item.value for item in assignments}
+    translated: list[Assignment] = []
+    mapped: list[str] = []
+    for item in assignments:
+        target = _alias(item.key)
+        if target is None:
+            translated.append(item)
+            continue
+        if values.get(target, item.value).lower() != item.value.lower():
+            raise ConfigError(
+                f"{item.key}={item.value} and {target}={values[target]} are the same setting; keep only {target}"
+            )
+        translated.append(Assignment(key=target, value=item.value))
+        mapped.append(f"{item.key} -> {target}")
+    return translated, [f"keys of other versions, mapped: {'; '.join(mapped)}"] if mapped else []
+
+
+def _alias(key: str) -> str | None:
+    old, new = _KWARGS_ALIAS
+    return new + key.removeprefix(old) if key.startswith(old) else ALIASES.get(key)
+
+
+def _translate_recompute(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    """Replace `enable_gradient_checkpointing` by the recompute settings; an explicit granularity wins."""
+    notes: list[str] = []
+    for role, model in ROLES.items():
+        old, section = f"{model}.enable_gradient_checkpointing", f"{role}.megatron.override_transformer_config"
+        values = {item.key: item.value for item in assignments}
+        if old not in values:
+            continue
+        assignments = [item for item in assignments if item.key != old]
+        granularity = f"{section}.recompute_granularity"
+        if granularity in values:
+            notes.append(f"{old}={values[old]} is ignored: {granularity}={values[granularity]} decides")
+            continue
+        settings = _recompute_settings(old, values[old])
+        added = [Assignment(key=f"{section}.{name}", value=value) for name, value in settings.items()]
+        assignments = [*added, *assignments]
+        listed = ", ".join(f"{name}={value}" for name, value in settings.items())
+        notes.append(f"{old}={values[old]} -> {section}: {listed}")
+    return assignments, notes
+
+
+def _recompute_settings(key: str, value: str) -> dict[str, str]:
+    if value.lower() not in ("true", "false"):
+        raise ConfigError(f"{key} = {value} must be True or False")
+    return _FULL_RECOMPUTE if value.lower() == "true" else _NO_RECOMPUTE

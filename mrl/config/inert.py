@@ -1,0 +1,226 @@
+"""Settings that would do nothing in the chosen configuration, so that none is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from mrl.config.actor import ActorConfig
+from mrl.config.critic import CriticConfig
+from mrl.config.keys import flatten
+from mrl.config.optim import OptimConfig
+from mrl.config.schema import PPOConfig
+
+
+@dataclass(kw_only=True, frozen=True)
+class _Rule:
+    """Keys that are inert when `when` holds. They count as set when named in overrides or unlike their default."""
+
+    keys: tuple[str, ...]
+    """Key paths; one that ends in a dot is all keys below it."""
+    when: Callable[[PPOConfig], bool]
+    reason: str
+    overrides_only: bool = False
+    """Another key's value is their default, so being unlike the schema's default says nothing."""
+    always: bool = False
+    """Report although nobody set the key: its default promises something."""
+
+
+def find_inert_settings(config: PPOConfig, *, set_keys: Collection[str] = (), device: str | None = None) -> list[str]:
+    """One line for each group of settings that has no effect, saying why and what to set instead.
+
+    Args:
+        set_keys: leaf keys named in overrides, reported even if they repeat the default.
+        device: "cpu" or "cuda" once known; null takes `trainer.device`, and "auto" reports nothing about devices.
+    """
+    device = device or config.trainer.device
+    values, defaults = flatten(config), flatten(PPOConfig())
+    changed = {key for key, value in values.items() if value != defaults[key]}
+    lines = []
+    for rule in (*_RULES, *(_CPU_RULES if device == "cpu" else ())):
+        if not rule.when(config):
+            continue
+        candidates = set(set_keys) if rule.overrides_only else changed | set(set_keys)
+        found = [key for key in values if _matches(rule, key) and (rule.always or key in candidates)]
+        if found:
+            listed = ", ".join(f"{key}={values[key]}" for key in found)
+            lines.append(f"{listed} does not act: {rule.reason}")
+    return lines
+
+
+def _matches(rule: _Rule, key: str) -> bool:
+    return any(key.startswith(pattern) if pattern.endswith(".") else key == pattern for pattern in rule.keys)
+
+
+_ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "ref", "rollout"))
+_RoleOf = Callable[[PPOConfig], ActorConfig | CriticConfig]
+
+
+def _actor(config: PPOConfig) -> ActorConfig:
+    return config.actor_rollout_ref.actor
+
+
+def _critic(config: PPOConfig) -> CriticConfig:
+    return config.critic
+
+
+def _clip_ratio_unused(config: PPOConfig) -> bool:
+    actor = config.actor_rollout_ref.actor
+    return actor.clip_ratio not in (actor.clip_ratio_low, actor.clip_ratio_high)
+
+
+def _needs_no_step_count(optim: OptimConfig) -> bool:
+    warms_up_by_ratio = optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps < 0
+    return optim.lr_decay_style == "constant" and not warms_up_by_ratio
+
+
+def _role_rules(path: str, role: _RoleOf, *, loss_scale_inherited: bool) -> tuple[_Rule, ...]:
+    return (
+        _Rule(
+            keys=(f"{path}.loss_scale_factor",),
+            when=lambda config: role(config).loss_agg_mode != "seq-mean-token-sum-norm",
+            reason=f"it is the divisor of {path}.loss_agg_mode=seq-mean-token-sum-norm only",
+            overrides_only=loss_scale_inherited,
+        ),
+        _Rule(
+            keys=(f"{path}.optim.min_lr",),
+            when=lambda config: role(config).optim.lr_decay_style == "constant",
+            reason=f"the learning rate is constant; set {path}.optim.lr_decay_style=linear or cosine",
+        ),
+        _Rule(
+            keys=(f"{path}.optim.lr_warmup_steps_ratio",),
+            when=lambda config: role(config).optim.lr_warmup_steps >= 0,
+            reason=f"{path}.optim.lr_warmup_steps is set and takes precedence",
+        ),
+        _Rule(
+            keys=(f"{path}.optim.total_training_steps",),
+            when=lambda config: _needs_no_step_count(role(config).optim),
+            reason="the learning rate is constant and no warm-up is given as a ratio",
+        ),
+    )
+
+
+_KL_RULES = (
+    _Rule(
+        keys=("algorithm.kl_ctrl.", "algorithm.kl_penalty"),
+        when=lambda config: not config.algorithm.use_kl_in_reward,
+        reason="algorithm.use_kl_in_reward is False, so no KL penalty is subtracted from the rewards (early verl "
+        "versions did so unless actor.use_kl_loss was set); set algorithm.use_kl_in_reward=True to have it act",
+    ),
+    _Rule(
+        keys=("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"),
+        when=lambda config: config.algorithm.use_kl_in_reward and config.algorithm.kl_ctrl.type == "fixed",
+        reason="the coefficient is fixed; set algorithm.kl_ctrl.type=adaptive",
+    ),
+    _Rule(
+        keys=(f"{_ACTOR}.kl_loss_coef", f"{_ACTOR}.kl_loss_type"),
+        when=lambda config: not config.actor_rollout_ref.actor.use_kl_loss,
+        reason=f"{_ACTOR}.use_kl_loss is False, so the loss has no KL term; set it to True",
+    ),
+    _Rule(
+        keys=(f"{_REF}.",),
+        when=lambda config: not config.needs_reference,
+        reason="no KL term is active, so no reference model is built; set algorithm.use_kl_in_reward=True or "
+        f"{_ACTOR}.use_kl_loss=True",
+        overrides_only=True,
+    ),
+)
+_ROLLOUT_RULES = (
+    _Rule(
+        keys=(f"{_ROLLOUT}.mode",),
+        when=lambda config: True,
+        reason="engines run in-process and are fed from one queue, whatever the mode",
+    ),
+    _Rule(
+        keys=(f"{_ROLLOUT}.load_format",),
+        when=lambda config: config.actor_rollout_ref.rollout.load_format != "dummy",
+        reason="the actor's weights replace whatever the engine loaded before the first rollout; leave it at dummy",
+    ),
+)
+_RUN_RULES = (
+    _Rule(
+        keys=(
+            f"{_ROLLOUT}.val_kwargs.",
+            "data.val_batch_size",
+            "data.val_max_samples",
+            "trainer.log_val_generations",
+            "trainer.validation_data_dir",
+        ),
+        when=lambda config: not config.trainer.validates,
+        reason="the run does not validate; set trainer.val_before_train=True or trainer.test_freq",
+    ),
+    _Rule(
+        keys=("data.seed",),
+        when=lambda config: not config.data.shuffle,
+        reason="data.shuffle is False",
+    ),
+    _Rule(
+        keys=("data.truncation",),
+        when=lambda config: config.data.filter_overlong_prompts,
+        reason="data.filter_overlong_prompts is True, so no over-long prompt is left to truncate",
+    ),
+    _Rule(
+        keys=("data.return_raw_chat",),
+        when=lambda config: not config.data.return_raw_chat,
+        reason="the chat messages are kept with every prompt",
+    ),
+    _Rule(
+        keys=("reward.custom_reward_function.name", "reward.custom_reward_function.reward_kwargs"),
+        when=lambda config: config.reward.custom_reward_function.path is None,
+        reason="reward.custom_reward_function.path is null, so rule-based rewards are used",
+    ),
+    _Rule(
+        keys=("trainer.default_hdfs_dir",),
+        when=lambda config: config.trainer.default_hdfs_dir is not None,
+        reason="nothing is copied to HDFS; outputs are in trainer.default_local_dir",
+    ),
+    _Rule(
+        keys=("trainer.resume_from_path",),
+        when=lambda config: config.trainer.resume_mode != "resume_path",
+        reason="trainer.resume_mode is not resume_path",
+    ),
+    _Rule(
+        keys=("trainer.ray_wait_register_center_timeout",),
+        when=lambda config: config.trainer.launcher != "ray",
+        reason="trainer.launcher is not ray",
+    ),
+    _Rule(
+        keys=(f"{_ACTOR}.clip_ratio",),
+        when=_clip_ratio_unused,
+        reason=f"{_ACTOR}.clip_ratio_low and clip_ratio_high are both set and take precedence",
+    ),
+)
+_RULES = (
+    *_KL_RULES,
+    *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
+    *_role_rules("critic", _critic, loss_scale_inherited=True),
+    *_ROLLOUT_RULES,
+    *_RUN_RULES,
+)
+_CPU_RULES = (
+    _Rule(
+        keys=("actor_rollout_ref.model.use_remove_padding",),
+        when=lambda config: config.actor_rollout_ref.model.use_remove_padding,
+        reason="on CPU batches are padded to their longest sample instead of packed",
+        always=True,
+    ),
+    _Rule(
+        keys=("critic.model.use_remove_padding",),
+        when=lambda config: config.critic.model.use_remove_padding,
+        reason="on CPU batches are padded to their longest sample instead of packed",
+        always=True,
+    ),
+    *(
+        _Rule(
+            keys=tuple(f"{path}.megatron.{kind}_offload" for kind in ("param", "grad", "optimizer")),
+            when=lambda config: True,
+            reason="on CPU there is no device memory to offload from",
+        )
+        for path in (_ACTOR, _REF, "critic")
+    ),
+    _Rule(
+        keys=(f"{_ROLLOUT}.enforce_eager", f"{_ROLLOUT}.free_cache_engine"),
+        when=lambda config: True,
+        reason="on CPU there are no CUDA graphs and no device memory to release",
+    ),
+)

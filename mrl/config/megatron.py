@@ -1,0 +1,93 @@
+"""Settings of a role's Megatron backend: sections `*.megatron`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mrl.config.checks import at_least
+from mrl.config.errors import ConfigError
+from mrl.config.frozen import FrozenDict, freeze
+from mrl.config.section import Section
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+TRANSFORMER_DEFAULTS: Mapping[str, Any] = freeze(
+    {
+        "recompute_granularity": None,
+        "recompute_modules": ["core_attn"],
+        "recompute_method": None,
+        "recompute_num_layers": None,
+    }
+)
+"""verl's defaults of `override_transformer_config`."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class MegatronConfig(Section):
+    """How a role's model is laid out over the ranks; all that a reference needs."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer; null chooses a layout that fits and prints it."""
+    pipeline_model_parallel_size: int | None = None
+    """Pipeline stages; null chooses a layout that fits and prints it."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule); null is off."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = True
+    """Split activations between tensor-parallel regions along the sequence; acts with tensor parallelism."""
+    param_offload: bool = False
+    """Keep parameters in host memory while the role is not used."""
+    seed: int = 42
+    """Seed of dropout and of weights that no checkpoint holds, such as the value head."""
+    dtype: Dtype = "bfloat16"
+    """Type of parameters and activations; the optimizer keeps float32."""
+    override_transformer_config: Mapping[str, Any] = field(default_factory=lambda: FrozenDict(TRANSFORMER_DEFAULTS))
+    """Fields for Megatron's TransformerConfig, activation recompute among them."""
+
+    def check(self) -> None:
+        at_least(
+            self,
+            1,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+        )
+        _check_recompute(self.override_transformer_config)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainableMegatronConfig(MegatronConfig):
+    """The same for a role that is trained."""
+
+    grad_offload: bool = False
+    """Release gradient buffers while the role is not used."""
+    optimizer_offload: bool = False
+    """Keep the optimizer's state in host memory while the role is not used."""
+    use_distributed_optimizer: bool = True
+    """Split the optimizer's state over data-parallel ranks."""
+    override_ddp_config: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Fields for Megatron's DistributedDataParallelConfig."""
+
+
+def _check_recompute(overrides: Mapping[str, Any]) -> None:
+    name = "override_transformer_config.recompute_"
+    granularity, method = overrides.get("recompute_granularity"), overrides.get("recompute_method")
+    num_layers = overrides.get("recompute_num_layers")
+    if granularity not in (None, "full", "selective"):
+        raise ConfigError(f"{name}granularity = {granularity!r} must be 'full', 'selective' or null")
+    if method not in (None, "uniform", "block"):
+        raise ConfigError(f"{name}method = {method!r} must be 'uniform', 'block' or null")
+    if granularity == "full" and (method is None or num_layers is None):
+        raise ConfigError(
+            f"{name}granularity = 'full' needs {name}method (uniform or block) and {name}num_layers; "
+            f"they are {method!r} and {num_layers!r}"
+        )
+    if granularity != "full" and (method is not None or num_layers is not None):
+        raise ConfigError(
+            f"{name}method = {method!r} and {name}num_layers = {num_layers!r} act only with "
+            f"{name}granularity = 'full', which is {granularity!r}; set that, or leave them null"
+        )

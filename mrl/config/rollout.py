@@ -1,0 +1,110 @@
+"""Settings of generation: section `actor_rollout_ref.rollout`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mrl.config.checks import at_least, more_than, not_both, within
+from mrl.config.errors import ConfigError
+from mrl.config.frozen import FrozenDict
+from mrl.config.megatron import Dtype
+from mrl.config.section import Section
+
+
+@dataclass(kw_only=True, frozen=True)
+class ValKwargsConfig(Section):
+    """Sampling during validation."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = -1
+    """Sample from this many likeliest tokens; -1 is all."""
+    n: int = 1
+    """Responses per prompt."""
+
+    def check(self) -> None:
+        at_least(self, 0, "temperature")
+        at_least(self, 1, "n")
+        _check_top(self.top_p, self.top_k)
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(f"n = {self.n} greedy responses are all the same; set temperature above 0, or n = 1")
+
+
+@dataclass(kw_only=True, frozen=True)
+class EngineKwargsConfig(Section):
+    """Arguments handed to the engine unchanged."""
+
+    sglang: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Fields for SGLang's ServerArgs."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class RolloutConfig(Section):
+    """The rollout engines, which share the trainer's devices."""
+
+    name: Literal["sglang"] = "sglang"
+    """The engine."""
+    mode: Literal["sync", "async"] = "async"
+    """Accepted for compatibility; engines run in-process and are fed from one queue either way."""
+    num_engines: int | None = None
+    """Engines of `tensor_model_parallel_size` ranks each; null is as many as fit the world."""
+    tensor_model_parallel_size: int = 2
+    """Ranks per engine."""
+    n: int = 1
+    """Responses per prompt."""
+    temperature: float = 1.0
+    """Sampling temperature, also that of the trainer's log-probs."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = -1
+    """Sample from this many likeliest tokens; -1 is all."""
+    prompt_length: int = 512
+    """`data.max_prompt_length`."""
+    response_length: int = 512
+    """`data.max_response_length`."""
+    ignore_eos: bool = False
+    """Generate to the full length."""
+    calculate_log_probs: bool = True
+    """Return the engine's log-probs, from which the `parity/*` metrics come."""
+    dtype: Dtype = "bfloat16"
+    """Type of the engine's weights."""
+    load_format: str = "dummy"
+    """How an engine fills its weights at start; the actor's replace them before the first rollout."""
+    gpu_memory_utilization: float = 0.5
+    """Share of device memory for weights and KV cache (SGLang's mem_fraction_static)."""
+    free_cache_engine: bool = True
+    """Release the engine's memory while the trainer works."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs."""
+    max_num_seqs: int = 256
+    """Most sequences an engine runs at once."""
+    max_num_batched_tokens: int = 8192
+    """Most prompt tokens an engine prefills at once."""
+    log_prob_micro_batch_size_per_gpu: int | None = None
+    """Samples per forward pass of the actor's old log-probs on a data-parallel rank; has to be set."""
+    log_prob_micro_batch_size: int | None = None
+    """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    engine_kwargs: EngineKwargsConfig = field(default_factory=EngineKwargsConfig)
+    """Arguments handed to the engine unchanged."""
+    val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+    """Sampling during validation."""
+
+    def check(self) -> None:
+        more_than(self, 0, "temperature", "gpu_memory_utilization")
+        within(self, 0, 1, "gpu_memory_utilization")
+        at_least(self, 1, "n", "num_engines", "tensor_model_parallel_size", "prompt_length", "response_length")
+        at_least(self, 1, "max_num_seqs", "max_num_batched_tokens")
+        at_least(self, 1, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
+        not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
+        _check_top(self.top_p, self.top_k)
+
+
+def _check_top(top_p: float, top_k: int) -> None:
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p = {top_p} must lie in (0, 1]")
+    if top_k < 1 and top_k != -1:
+        raise ConfigError(f"top_k = {top_k} must be at least 1, or -1 for all tokens")

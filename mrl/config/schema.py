@@ -1,0 +1,105 @@
+"""The whole configuration: `PPOConfig`, and what has to hold between its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mrl.config.actor import ActorConfig, RefConfig
+from mrl.config.algorithm import AlgorithmConfig
+from mrl.config.critic import CriticConfig
+from mrl.config.data import DataConfig
+from mrl.config.errors import ConfigError
+from mrl.config.model import ModelConfig
+from mrl.config.reward import RewardConfig
+from mrl.config.rollout import RolloutConfig
+from mrl.config.section import Section
+from mrl.config.trainer import TrainerConfig
+
+
+@dataclass(kw_only=True, frozen=True)
+class ActorRolloutRefConfig(Section):
+    """The policy in its three places: trained, generating, frozen as reference."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The actor's initial weights, which are also the reference's."""
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    """The policy's updates."""
+    ref: RefConfig = field(default_factory=RefConfig)
+    """The frozen reference policy."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The rollout engines."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class PPOConfig(Section):
+    """Root of the configuration."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts."""
+    actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
+    """The policy."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The value function."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Scoring."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Advantages and the in-reward KL penalty."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Length, place and outputs of the run."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any KL term is active; without one no reference model is built."""
+        return self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
+
+    def check(self) -> None:
+        self._check_batch("actor_rollout_ref.actor", self.actor_rollout_ref.actor)
+        self._check_batch("critic", self.critic)
+        self._check_lengths()
+        self._check_engines()
+        if self.trainer.validates and not self.data.val_files:
+            raise ConfigError(
+                "data.val_files is empty, but the run validates; name a file, or set trainer.val_before_train=False "
+                "and trainer.test_freq=-1"
+            )
+
+    def _check_batch(self, path: str, role: ActorConfig | CriticConfig) -> None:
+        prompts, mini_batch, n = self.data.train_batch_size, role.ppo_mini_batch_size, self.actor_rollout_ref.rollout.n
+        if mini_batch > prompts:
+            raise ConfigError(
+                f"{path}.ppo_mini_batch_size = {mini_batch} is larger than data.train_batch_size = {prompts}; "
+                "lower it (both count prompts)"
+            )
+        if prompts % mini_batch:
+            raise ConfigError(
+                f"{path}.ppo_mini_batch_size = {mini_batch} does not divide data.train_batch_size = {prompts}; "
+                "every optimizer step takes the same number of prompts"
+            )
+        for key in ("ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size"):
+            micro_batch = getattr(role, key)
+            if micro_batch is not None and (mini_batch * n) % micro_batch:
+                raise ConfigError(
+                    f"{path}.{key} = {micro_batch} does not divide a mini-batch of {mini_batch * n} samples "
+                    f"(ppo_mini_batch_size {mini_batch} x rollout.n {n})"
+                )
+
+    def _check_lengths(self) -> None:
+        rollout = self.actor_rollout_ref.rollout
+        for key, here, there in (
+            ("prompt_length", rollout.prompt_length, self.data.max_prompt_length),
+            ("response_length", rollout.response_length, self.data.max_response_length),
+        ):
+            if here != there:
+                raise ConfigError(
+                    f"actor_rollout_ref.rollout.{key} = {here} and data.max_{key} = {there} mean the same number; "
+                    f"set only data.max_{key}"
+                )
+
+    def _check_engines(self) -> None:
+        rollout, world_size = self.actor_rollout_ref.rollout, self.trainer.world_size
+        num_engines, size = rollout.num_engines or 1, rollout.tensor_model_parallel_size
+        if num_engines * size > world_size:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout: {num_engines} engine(s) of tensor_model_parallel_size = {size} need "
+                f"{num_engines * size} ranks, but trainer.nnodes x trainer.n_gpus_per_node = {world_size}"
+            )

@@ -1,0 +1,96 @@
+"""Settings of the run: section `trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mrl.config.checks import at_least, more_than
+from mrl.config.errors import ConfigError
+from mrl.config.section import Section
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainerConfig(Section):
+    """Length, place and outputs of a run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where there is any."""
+    launcher: Literal["auto", "local", "torchrun", "slurm", "ray"] = "auto"
+    """What starts the ranks; auto reads the environment and starts them itself if nothing has."""
+    nnodes: int = 1
+    """Hosts."""
+    n_gpus_per_node: int = 8
+    """Ranks per host; on CPU, processes."""
+    total_epochs: int = 30
+    """Passes over the training prompts."""
+    total_training_steps: int | None = None
+    """Steps of the run; null follows from `total_epochs`."""
+    critic_warmup: int = 0
+    """Steps in which only the critic is trained."""
+    balance_batch: bool = True
+    """Give data-parallel ranks equal numbers of tokens."""
+    seed: int = 42
+    """Seed of sampling and of every order that has no seed of its own."""
+    project_name: str = "mrl_examples"
+    """Groups runs in the trackers."""
+    experiment_name: str = "gsm8k"
+    """Names the run in the trackers."""
+    default_local_dir: str = "checkpoints/mrl_examples/gsm8k"
+    """Folder of the run's outputs; checkpoints/<project_name>/<experiment_name> unless set."""
+    default_hdfs_dir: str | None = None
+    """Accepted for compatibility; nothing is copied to HDFS."""
+    logger: tuple[Literal["console", "tensorboard", "file"], ...] = ("console", "tensorboard", "file")
+    """Where metrics go; file is metrics.jsonl in `default_local_dir`."""
+    log_val_generations: int = 0
+    """Validation samples to log in each round."""
+    rollout_data_dir: str | None = None
+    """Folder for the samples of each step; null is samples/ in `default_local_dir`."""
+    validation_data_dir: str | None = None
+    """Folder for the samples of each validation; null is samples/ in `default_local_dir`."""
+    val_before_train: bool = True
+    """Validate before the first step."""
+    val_only: bool = False
+    """Validate once and stop."""
+    test_freq: int = -1
+    """Validate every so many steps; -1 is never."""
+    save_freq: int = -1
+    """Save a checkpoint every so many steps; -1 is never."""
+    resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
+    """Go on from the newest checkpoint if there is one, start anew, or go on from `resume_from_path`."""
+    resume_from_path: str | None = None
+    """Checkpoint folder for `resume_mode=resume_path`."""
+    ray_wait_register_center_timeout: int = 300
+    """Longest wait for Ray's workers to join, in seconds."""
+    engine_start_timeout_s: float = 600.0
+    """Longest start of a rollout engine, in seconds."""
+    engine_call_timeout_s: float = 1800.0
+    """Longest single call to a rollout engine, in seconds."""
+    phase_timeout_s: float = 3600.0
+    """Longest phase of a step, in seconds; then the ranks that are missing are named."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.nnodes * self.n_gpus_per_node
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run validates at any time."""
+        return self.val_before_train or self.val_only or self.test_freq > 0
+
+    def check(self) -> None:
+        at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
+        at_least(self, 0, "critic_warmup", "log_val_generations")
+        more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s")
+        more_than(self, 0, "ray_wait_register_center_timeout")
+        if self.launcher == "local" and self.nnodes > 1:
+            raise ConfigError(f"launcher = local starts ranks on one host, but nnodes = {self.nnodes}; use torchrun")
+        if self.resume_mode == "resume_path" and self.resume_from_path is None:
+            raise ConfigError("resume_mode = resume_path needs resume_from_path, which is null")
+        steps = self.total_training_steps
+        if steps is not None and self.critic_warmup >= steps and not self.val_only:
+            raise ConfigError(
+                f"critic_warmup = {self.critic_warmup} leaves no step for the actor in total_training_steps = {steps}; "
+                "lower it"
+            )
