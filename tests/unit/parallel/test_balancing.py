@@ -1,0 +1,109 @@
+"""Balanced partitions: optimal small cases, bounds, and what every partition must keep."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrl.parallel.balancing import partition_balanced, split_micro_batches, split_token_batches
+
+
+def sums(parts: list[list[int]], lengths: list[int]) -> list[int]:
+    return [sum(lengths[index] for index in part) for part in parts]
+
+
+def smallest_maximum(lengths: list[int], num_parts: int, *, equal_size: bool) -> int:
+    """By trying every assignment."""
+    best = sum(lengths)
+    for assignment in product(range(num_parts), repeat=len(lengths)):
+        parts = [[index for index, part in enumerate(assignment) if part == each] for each in range(num_parts)]
+        if not equal_size or len({len(part) for part in parts}) == 1:
+            best = min(best, max(sums(parts, lengths)))
+    return best
+
+
+def test_differencing_hand_worked_case() -> None:
+    # Karmarkar-Karp on 8 7 6 5 4: 8-7=1, 6-5=1, 4-1=3, 3-1=2, so the sums are 16 and 14.
+    parts = partition_balanced([8, 7, 6, 5, 4], 2, equal_size=False)
+    assert sorted(sums(parts, [8, 7, 6, 5, 4])) == [14, 16]
+    # With equal counts the pairs (8, 7), (6, 5), (4, 2) spread by 1, 1 and 2: 2-1=1, 1-1=0, so 16 on both sides.
+    parts = partition_balanced([8, 7, 6, 5, 4, 2], 2, equal_size=True)
+    assert sums(parts, [8, 7, 6, 5, 4, 2]) == [16, 16]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 1000), min_size=1, max_size=40),
+    num_parts=st.integers(1, 8),
+    equal_size=st.booleans(),
+)
+def test_every_index_once_no_part_empty_counts_equal_if_asked(
+    lengths: list[int], num_parts: int, equal_size: bool
+) -> None:
+    num_parts = min(num_parts, len(lengths))
+    if equal_size:
+        lengths = lengths[: len(lengths) // num_parts * num_parts]
+    parts = partition_balanced(lengths, num_parts, equal_size=equal_size)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert len(parts) == num_parts
+    assert all(parts)
+    if equal_size:
+        assert {len(part) for part in parts} == {len(lengths) // num_parts}
+        # Merging the widest with the next in opposite order never spreads further than the widest row of lengths.
+        assert max(sums(parts, lengths)) - min(sums(parts, lengths)) <= max(lengths)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=6, max_size=6), num_parts=st.sampled_from([2, 3]))
+def test_close_to_the_optimum_of_exhaustive_search(lengths: list[int], num_parts: int) -> None:
+    for equal_size in (False, True):
+        best = smallest_maximum(lengths, num_parts, equal_size=equal_size)
+        found = max(sums(partition_balanced(lengths, num_parts, equal_size=equal_size), lengths))
+        assert best <= found <= 4 / 3 * best
+
+
+def test_balance_depends_on_lengths_and_not_on_their_order() -> None:
+    lengths = [17, 3, 90, 41, 41, 8, 64, 5, 23, 77, 12, 30]
+    whole = sorted(sums(partition_balanced(lengths, 4, equal_size=True), lengths))
+    for shift in range(1, len(lengths)):
+        turned = lengths[shift:] + lengths[:shift]
+        assert sorted(sums(partition_balanced(turned, 4, equal_size=True), turned)) == whole
+
+
+def test_long_tailed_batch_is_balanced_within_one_percent() -> None:
+    lengths = [64 + (index * index * 7919) % 4001 for index in range(1024)]
+    parts = partition_balanced(lengths, 16, equal_size=True)
+    assert max(sums(parts, lengths)) <= 1.01 * min(sums(parts, lengths))
+    contiguous = [list(range(first, first + 64)) for first in range(0, 1024, 64)]
+    assert max(sums(contiguous, lengths)) > 1.1 * min(sums(contiguous, lengths))
+
+
+def test_impossible_partitions_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 samples cannot fill 4 parts"):
+        partition_balanced([1, 2, 3], 4, equal_size=False)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        partition_balanced([1, 2, 3], 2, equal_size=True)
+
+
+def test_micro_batches_group_similar_lengths_longest_first() -> None:
+    assert split_micro_batches([5, 90, 7, 88, 6], micro_batch_size=2) == [[1, 3], [2, 4], [0]]
+    with pytest.raises(ValueError, match="micro_batch_size = 0"):
+        split_micro_batches([1], micro_batch_size=0)
+
+
+def test_token_batches_are_few_and_within_the_limit() -> None:
+    lengths = [60, 50, 40, 30, 20]
+    groups = split_token_batches(lengths, max_tokens=100)
+    assert sums(groups, lengths) == [100, 100]
+    assert len(split_token_batches(lengths, max_tokens=100, min_batches=3)) == 3
+    assert len(split_token_batches(lengths, max_tokens=100, multiple_of=4)) == 4
+    # 3 x 60 tokens need three groups although 180 tokens would fill only two of 100.
+    assert len(split_token_batches([60, 60, 60], max_tokens=100)) == 3
+
+
+def test_token_batches_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(ValueError, match="a sample of 101 tokens"):
+        split_token_batches([5, 101], max_tokens=100)
+    with pytest.raises(ValueError, match="1 samples cannot fill 2 parts"):
+        split_token_batches([5], max_tokens=100, min_batches=2)
