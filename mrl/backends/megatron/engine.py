@@ -1,0 +1,245 @@
+"""`TrainEngine` over megatron-core: one role's model, its passes and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from mrl.backends.megatron.buffers import ExportedWeights
+from mrl.backends.megatron.groups import destroy_groups
+from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
+from mrl.backends.megatron.microbatches import plan_micro_batches
+from mrl.backends.megatron.model import ModelChunk
+from mrl.backends.megatron.outputs import log_prob_output, value_output
+from mrl.backends.megatron.role_state import RoleState
+from mrl.backends.megatron.schedule import MicroBatch, Schedule
+from mrl.interfaces import LossFn
+from mrl.parallel.agreement import gather_results
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.layout import SourceRank
+from mrl.types import Metric, TrainBatch
+
+_RESERVED = ("loss", "grad_norm", "lr")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Trainer:
+    """What a trained role has beyond a model."""
+
+    modules: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+@dataclass(kw_only=True, frozen=True)
+class EngineParts:
+    """What `build_engine` puts together."""
+
+    state: RoleState
+    groups: ProcessGroupCollection
+    layout: ParallelLayout
+    chunks: list[ModelChunk]
+    schedule: Schedule
+    trainer: Trainer | None
+    vocab_size: int
+    """Without padding."""
+    temperature: float
+    is_critic: bool
+    device: torch.device
+
+
+class MegatronEngine:
+    """One role. Every method is called by all ranks of the job with the same arguments.
+
+    The batch is dealt out over the data-parallel ranks by token count; results cover the whole batch, in its order.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        tp_group = parts.groups.tp
+        self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """How the ranks of the job factor for this role."""
+        return self._parts.layout
+
+    def compute_log_probs(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+        """Log-probs of `batch.tokens` at the sampling temperature. [B, T] float32 on the CPU, on every rank.
+
+        Entry 0 and entries past a sample's length are 0.
+        """
+        assert not self._parts.is_critic, "a critic has no log-probs"
+        return self._forward(batch, "log_probs", micro_batch_size)
+
+    def compute_values(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+        """Value before each token. [B, T] float32 on the CPU, on every rank; zeros as in `compute_log_probs`."""
+        assert self._parts.is_critic, "only a critic has values"
+        return self._forward(batch, "values", micro_batch_size)
+
+    def update(
+        self, mini_batch: TrainBatch, loss_fn: LossFn, *, micro_batch_size: int, with_entropy: bool = False
+    ) -> dict[str, float]:
+        """One optimizer step; returns the reduced metrics, with `loss`, `grad_norm` and the `lr` it was made with.
+
+        Raises:
+            FloatingPointError: a gradient or the gradient norm is not finite; the step was not made in the first
+                case. Raised on all ranks.
+            Exception: whatever `loss_fn` raised on some rank, on all ranks; no step was made.
+        """
+        trainer = self._trainer()
+        micro_batches = self._micro_batches(mini_batch, micro_batch_size)
+        guarded = _GuardedLoss(loss_fn, partial(self._outputs, with_entropy=with_entropy))
+        with self._parts.state:
+            _zero_gradients(trainer)
+            contributions = self._parts.schedule.forward_backward(micro_batches, guarded)
+            metrics = merge_ranks(gather_results(lambda: self._report(guarded, contributions)))
+            lr = float(trainer.optimizer.param_groups[0]["lr"])
+            grad_norm = _step(trainer)
+        return {**metrics, "grad_norm": grad_norm, "lr": lr}
+
+    def export_weights(self) -> SourceRank:
+        """Where this rank's current parameters lie; they keep their addresses for the life of the engine."""
+        with self._parts.state:
+            self._gather_parameters()
+        return self._export.source()
+
+    def close(self) -> None:
+        """Destroy the role's process groups and drop its model and buffers; the engine is unusable afterwards."""
+        if not hasattr(self, "_parts"):
+            return
+        with self._parts.state:
+            destroy_groups()
+        del self._parts, self._export
+
+    def _trainer(self) -> Trainer:
+        assert self._parts.trainer is not None, "this role was built without an optimizer"
+        return self._parts.trainer
+
+    def _forward(self, batch: TrainBatch, key: str, micro_batch_size: int) -> Tensor:
+        parts = self._parts
+        micro_batches = self._micro_batches(batch, micro_batch_size)
+        with parts.state:
+            self._gather_parameters()
+            outputs = parts.schedule.forward(micro_batches, lambda output, item: self._outputs(output, item.batch)[key])
+        result = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=parts.device)
+        for item, output in zip(micro_batches, outputs, strict=False):
+            if not item.is_filler:
+                width = min(output.shape[1], result.shape[1])
+                result[item.indices, :width] = output[:, :width]
+        # Each entry is set on one data-parallel rank, on its last stage, and 0 elsewhere: sums are exact.
+        dist.all_reduce(result, group=parts.groups.pp)
+        dist.all_reduce(result, group=parts.groups.dp)
+        return result.cpu()
+
+    def _outputs(self, output: Tensor, batch: TrainBatch, *, with_entropy: bool = False) -> dict[str, Tensor]:
+        parts = self._parts
+        if parts.is_critic:
+            return value_output(output, batch)
+        return log_prob_output(
+            output,
+            batch,
+            tp_group=parts.groups.tp,
+            vocab_size=parts.vocab_size,
+            temperature=parts.temperature,
+            with_entropy=with_entropy,
+        )
+
+    def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> list[MicroBatch]:
+        """This data-parallel rank's share, on the device."""
+        parts = self._parts
+        lengths = batch.lengths.tolist()
+        plan = plan_micro_batches(
+            lengths,
+            dp_size=parts.groups.dp.size(),
+            micro_batch_size=micro_batch_size,
+            count_multiple=parts.schedule.count_multiple,
+        )
+        shortest = min(range(len(lengths)), key=lengths.__getitem__)
+        return [self._micro_batch(batch, indices, shortest) for indices in plan[parts.groups.dp.rank()]]
+
+    def _micro_batch(self, batch: TrainBatch, indices: list[int], stand_in: int) -> MicroBatch:
+        selected = batch.select(indices or [stand_in]).trim(self._parts.schedule.width_multiple)
+        return MicroBatch(
+            batch=_on_device(selected, self._parts.device), indices=indices or [stand_in], is_filler=not indices
+        )
+
+    def _report(self, guarded: _GuardedLoss, contributions: Sequence[dict[str, Metric]]) -> ReducedMetrics:
+        """This rank's metrics if it is the one that speaks for its data-parallel rank, after checking its gradients."""
+        if guarded.error is not None:
+            raise guarded.error
+        metrics = reduce_micro_batches(contributions)
+        for module in self._trainer().modules:
+            for buffer in module.buffers:
+                # The largest magnitude is NaN if any element is.
+                if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
+                    loss = f", its micro-batches' loss is {metrics['loss'][0]}" if metrics else ""
+                    raise FloatingPointError(
+                        f"rank {dist.get_rank()} has gradients that are not finite{loss}; no optimizer step was made"
+                    )
+        return metrics if self._parts.groups.tp.rank() == 0 else {}
+
+    def _gather_parameters(self) -> None:
+        """With overlap_param_gather parameters are stale after a step until the next forward pass asks for them."""
+        if self._parts.trainer is None:
+            return
+        for module in self._parts.trainer.modules:
+            if module.ddp_config.overlap_param_gather:
+                with torch.no_grad():
+                    module.start_param_sync(force_sync=True)
+
+
+class _GuardedLoss:
+    """Calls a `LossFn`, but keeps its error: a rank that raised alone would leave the others in a collective."""
+
+    def __init__(self, loss_fn: LossFn, outputs: Any) -> None:
+        self._loss_fn = loss_fn
+        self._outputs = outputs
+        self.error: Exception | None = None
+
+    def __call__(self, output: Tensor, item: MicroBatch) -> tuple[Tensor, dict[str, Metric]]:
+        """Loss and metrics of one micro-batch; a filler's loss is 0 and it has no metrics."""
+        outputs = self._outputs(output, item.batch)
+        nothing = torch.stack([part.sum() for part in outputs.values()]).sum() * 0.0
+        if item.is_filler or self.error is not None:
+            return nothing, {}
+        try:
+            loss, metrics = self._loss_fn(outputs, item.batch)
+            taken = [name for name in _RESERVED if name in metrics]
+            if taken:
+                raise ValueError(f"the loss function returned the metrics {taken}, which the engine adds itself")
+        except Exception as error:
+            self.error = error
+            return nothing, {}
+        # The schedule may change the loss in place.
+        return loss, {"loss": Metric(loss.detach().clone()), **metrics}
+
+
+def _on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return batch.with_fields(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _zero_gradients(trainer: Trainer) -> None:
+    for module in trainer.modules:
+        module.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+
+
+def _step(trainer: Trainer) -> float:
+    """Make the optimizer step and advance the learning rate; returns the gradient norm before clipping."""
+    made, norm, _ = trainer.optimizer.step()
+    grad_norm = float(trainer.optimizer.get_grad_norm() if norm is None else norm)
+    if not made or grad_norm != grad_norm or grad_norm in (float("inf"), -float("inf")):
+        raise FloatingPointError(f"the optimizer step failed: gradient norm {grad_norm}, step made: {made}")
+    trainer.scheduler.step(1)
+    return grad_norm

@@ -1,0 +1,206 @@
+"""From a `ModelSpec` and a `ParallelLayout` to this rank's Megatron model chunks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    TENorm,
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from mrl.backends.megatron.norm import RMSNorm
+from mrl.backends.megatron.value_head import ValueHead
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+_LAYER_PREFIX = "decoder.layers."
+
+
+@dataclass(kw_only=True, frozen=True)
+class Recompute:
+    """Which activations are recomputed in the backward pass; Megatron's own words and meanings."""
+
+    granularity: Literal["selective", "full"] | None = None
+    method: Literal["uniform", "block"] | None = None
+    num_layers: int | None = None
+    modules: tuple[str, ...] = ("core_attn",)
+    """For "selective"."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of TransformerConfig."""
+        if self.granularity is None:
+            return {}
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(self.modules)}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": self.method or "uniform",
+            "recompute_num_layers": self.num_layers or 1,
+        }
+
+
+@dataclass(frozen=True)
+class ModelChunk:
+    """One virtual pipeline stage: the bare GPTModel and the module that runs (the same, or cast to bfloat16)."""
+
+    bare: GPTModel
+    module: torch.nn.Module
+    layers: range
+    """Global indices of its layers."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Megatron's names with the layer's global number."""
+        for name, parameter in self.bare.named_parameters():
+            if name.startswith(_LAYER_PREFIX):
+                number, rest = name.removeprefix(_LAYER_PREFIX).split(".", 1)
+                name = f"{_LAYER_PREFIX}{self.layers[int(number)]}.{rest}"
+            yield name, parameter
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The vocabulary rounded up so that tp_group divides it evenly."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def transformer_config(
+    spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, recompute: Recompute
+) -> TransformerConfig:
+    """Megatron's config of the model. Weights are not initialised: a checkpoint fills them."""
+    fused = _use_transformer_engine()
+    return TransformerConfig(
+        num_layers=spec.num_hidden_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.intermediate_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_key_value_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+        variable_seq_lengths=layout.pp > 1,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_sync=False,
+        # The default dispatcher is refused with variable sequence lengths even for dense models.
+        moe_token_dispatcher_type="alltoall",
+        # Losses arrive divided by their mini-batch's denominators: neither the schedule nor DDP may divide again.
+        calculate_per_token_loss=True,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **_virtual_pipeline_fields(layout),
+        **recompute.config_fields(),
+    )
+
+
+def _virtual_pipeline_fields(layout: ParallelLayout) -> dict[str, Any]:
+    """With two stages, next and previous are one peer, and batched sends and receives pair up in the wrong order."""
+    if layout.vpp is None:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _use_transformer_engine() -> bool:
+    return HAVE_TE and torch.cuda.is_available()
+
+
+def build_chunks(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    is_critic: bool,
+    device: torch.device,
+) -> list[ModelChunk]:
+    """This rank's chunks, one per virtual stage, with uninitialised weights. Called by all ranks of the role."""
+    if torch.cuda.is_available() and not HAVE_TE and torch.distributed.get_rank() == 0:
+        logger.warning("transformer-engine is not installed: Megatron's slower local layers are used")
+    chunks = []
+    for vp_stage in range(layout.vpp) if layout.vpp else [None]:
+        bare = _build_gpt(spec, layout, config, groups, vp_stage, is_critic=is_critic).to(device)
+        layers = layout.layers_of(spec.num_hidden_layers, groups.pp.rank(), vp_stage)
+        _check_layer_numbers(bare, layers)
+        module = Float16Module(config, bare) if config.bf16 else bare
+        chunks.append(ModelChunk(bare, module, layers))
+    return chunks
+
+
+def _build_gpt(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None,
+    *,
+    is_critic: bool,
+) -> GPTModel:
+    pp_rank, last_vp_stage = groups.pp.rank(), (layout.vpp or 1) - 1
+    num_layers = len(layout.layers_of(spec.num_hidden_layers, pp_rank, vp_stage))
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(num_layers),
+        vocab_size=padded_vocab_size(spec.vocab_size, layout.tp),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=pp_rank == 0 and not vp_stage,
+        post_process=pp_rank == layout.pp - 1 and (vp_stage or 0) == last_vp_stage,
+        share_embeddings_and_output_weights=spec.tie_word_embeddings and not is_critic,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        vp_stage=vp_stage,
+        pg_collection=groups,
+    )
+    if is_critic and model.post_process:
+        model.output_layer = ValueHead(config, groups.tp)
+    return model
+
+
+def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    if _use_transformer_engine():
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _check_layer_numbers(model: GPTModel, layers: Sequence[int]) -> None:
+    built = [layer.layer_number - 1 for layer in model.decoder.layers]
+    assert built == list(layers), f"megatron built layers {built} where the layout has {list(layers)}"

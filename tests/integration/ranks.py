@@ -1,0 +1,29 @@
+"""Runs a function on forked gloo ranks of the preloaded test process."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mrl.launch.environment import RankEnvironment
+from mrl.launch.fork import run_ranks
+
+
+def run_on_ranks(function: Callable[[], Any], world_size: int, *, timeout_s: float = 90.0) -> list[Any]:
+    """What `function` returns on each of `world_size` gloo ranks, in rank order.
+
+    The first failing rank's own error is raised here, as RankFailure; no process outlives the call.
+    """
+
+    def rank_main(env: RankEnvironment) -> bytes:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=timeout_s))
+        # Plain pickle: multiprocessing's would share tensors through this process, which is about to end.
+        return pickle.dumps(function())
+
+    return [pickle.loads(result) for result in run_ranks(rank_main, world_size, timeout_s=timeout_s)]
