@@ -1,0 +1,82 @@
+"""What SGLang is started with, and what it must not be started with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mrl.backends.sglang import weight_loader
+
+
+def server_args(device: str, **values: Any) -> dict[str, Any]:
+    """Arguments of SGLang's `Engine` on a device; `values` win."""
+    args: dict[str, Any] = {
+        "device": device,
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "custom_weight_loader": [weight_loader.PATH],
+        "weight_version": "-1",
+        "log_level": "error",
+    }
+    if device == "cpu":
+        args |= {
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "disable_overlap_schedule": True,
+            "disable_cuda_graph": True,
+            "mem_fraction_static": 0.5,
+        }
+    else:
+        args |= {"enable_memory_saver": True}
+    return args | values
+
+
+def child_environment(device: str, tp_size: int) -> dict[str, str]:
+    """Environment variables of the engine's processes."""
+    environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        bound = [str(cores[rank % len(cores)]) for rank in range(tp_size)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    return environment
+
+
+def check_start(
+    model_path: Path, *, tp_size: int, device: str, context_length: int, max_total_tokens: int | None
+) -> None:
+    """Refuse what SGLang would start with and then compute wrongly.
+
+    Raises:
+        ValueError: not a model folder, a context longer than the model's, log-probs switched to another definition;
+            on CPU also KV heads that `tp_size` does not divide, no `max_total_tokens`, or a process that must not be
+            forked any more.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r} must be cpu or cuda")
+    path = model_path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model_path} is not a Hugging Face model folder: {path} does not exist")
+    config = json.loads(path.read_text())
+    longest = config.get("max_position_embeddings")
+    if longest is not None and context_length > longest:
+        raise ValueError(f"context_length = {context_length} exceeds max_position_embeddings = {longest} of {path}")
+    if os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "0").lower() in ("1", "true"):
+        raise ValueError(
+            "SGLANG_RETURN_ORIGINAL_LOGPROB is set: log-probs would not be at the sampling temperature; unset it"
+        )
+    if device != "cpu":
+        return
+    if max_total_tokens is None:
+        raise ValueError("max_total_tokens must be set on CPU; SGLang would take half of the machine's memory")
+    kv_heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or tp_size
+    if kv_heads % tp_size:
+        raise ValueError(
+            f"rollout tensor parallel size {tp_size} does not divide num_key_value_heads = {kv_heads} of {path}: "
+            "SGLang on CPU pads heads instead of replicating them; lower it, or use a model with more KV heads"
+        )
+    if dist.is_available() and dist.is_initialized():
+        raise ValueError("start the engine before torch.distributed: its processes are forked and would inherit it")

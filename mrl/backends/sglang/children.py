@@ -1,0 +1,46 @@
+"""Entry points of an engine's child processes: SGLang's own, after detaching from the trainer that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+LOG_VARIABLE = "MRL_ENGINE_LOG"
+"""Environment variable with the file that takes a child's stdout and stderr."""
+
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE",)
+"""With torchrun's agent store, torch's tcp:// rendezvous would wait for a server nobody starts."""
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler of one tensor-parallel rank."""
+    _detach()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args, **kwargs)
+
+
+def run_detokenizer(*args: Any, **kwargs: Any) -> None:
+    """SGLang's detokenizer; without a tokenizer it only relays."""
+    _detach()
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+    run_detokenizer_process(*args, **kwargs)
+
+
+def _detach() -> None:
+    for name in _LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    # Ctrl-C reaches the whole foreground group; the trainer decides when its engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    log = os.open(os.environ[LOG_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    # A fork may have inherited replaced streams, for example a test runner's.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

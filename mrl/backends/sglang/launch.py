@@ -1,0 +1,276 @@
+"""Starting and stopping an engine's processes without harm to the trainer that owns them.
+
+SGLang's `Engine` assumes that the process is its own: it replaces signal handlers, logging and environment variables,
+kills every child of the process when it stops and the process itself when a child fails. Here a trainer owns it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sglang.srt.entrypoints.engine as sglang_engine
+from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+
+from mrl.backends.sglang import children
+from mrl.interfaces import EngineError
+
+_TAIL_BYTES = 64 * 1024
+_TAIL_LINES = 25
+_KILL_WAIT_S = 30.0
+
+
+class ChildProcesses:
+    """The processes of one engine. Also stands in for the `multiprocessing` module while SGLang starts them."""
+
+    def __init__(self, context: BaseContext, log_path: Path | None) -> None:
+        self._context = context
+        self._keep_log = log_path is not None
+        self.log_path = log_path or _temporary_log()
+        self.processes: list[BaseProcess] = []
+        self.readers: list[Connection] = []
+        self.files: list[Path] = []
+        """Sockets in the file system that SGLang leaves behind."""
+
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
+        process = self._context.Process(*args, **kwargs)  # type: ignore[attr-defined]
+        self.processes.append(process)
+        return process
+
+    def Pipe(self, duplex: bool = True) -> tuple[Connection, Connection]:
+        reader, writer = self._context.Pipe(duplex)
+        self.readers.append(reader)
+        return reader, writer
+
+    def set_start_method(self, method: str, force: bool = False) -> None:
+        """Keep the trainer's own start method; the context given here decides."""
+
+    def dead(self) -> list[str]:
+        """Descriptions of the processes that have ended."""
+        ended = [process for process in self.processes if process.pid is not None and not process.is_alive()]
+        return [f"pid {process.pid}, exit code {process.exitcode}" for process in ended]
+
+    def wait_ready(self, timeout_s: float) -> list[dict[str, Any]]:
+        """What each scheduler reports once its model stands, in rank order.
+
+        Raises:
+            EngineError: a process ended, or not all were ready within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        reports: dict[int, dict[str, Any]] = {}
+        while len(reports) < len(self.readers):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise EngineError(self.explain(f"engine was not ready within {timeout_s:.0f} s"))
+            waiting = {reader: rank for rank, reader in enumerate(self.readers) if rank not in reports}
+            ready = wait([*waiting, *(process.sentinel for process in self.processes)], remaining)
+            for reader in waiting.keys() & set(ready):
+                reports[waiting[reader]] = reader.recv()
+            if self.dead():
+                raise EngineError(self.explain(f"engine failed to start ({'; '.join(self.dead())})"))
+        return [reports[rank] for rank in range(len(self.readers))]
+
+    def explain(self, what: str) -> str:
+        """`what`, followed by the children's last error lines."""
+        tail = last_error_lines(self.log_path)
+        return f"{what}; its last lines:\n{tail}" if tail else f"{what}; its processes wrote nothing"
+
+    def stop(self) -> None:
+        """Kill and reap the engine's processes and theirs, and remove what they leave in the file system."""
+        started = [process for process in self.processes if process.pid is not None]
+        family = [relative for process in started for relative in _family(process)]
+        for relative in family:
+            try:
+                relative.kill()
+            except psutil.NoSuchProcess:
+                continue
+        for process in started:
+            process.join(_KILL_WAIT_S)
+            if process.is_alive():
+                raise EngineError(f"engine process {process.pid} did not end {_KILL_WAIT_S:.0f} s after SIGKILL")
+            process.close()
+        for reader in self.readers:
+            reader.close()
+        self.processes, self.readers = [], []
+        for path in self.files if self._keep_log else [*self.files, self.log_path]:
+            path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class StartedEngine:
+    """A running engine, its processes and what its schedulers reported."""
+
+    engine: Engine
+    children: ChildProcesses
+    scheduler_info: dict[str, Any]
+    previous_quit: Any
+    """The SIGQUIT handler to put back once no child is left to send the signal."""
+
+
+def start_engine(
+    server_args: Mapping[str, Any],
+    *,
+    context: BaseContext,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    log_path: Path | None,
+    during_start: Callable[[], None] | None,
+) -> StartedEngine:
+    """Start SGLang's processes and wait until the model stands.
+
+    Args:
+        environment: variables for the engine's processes only.
+        during_start: runs in this process while the children load; the time it takes does not count.
+
+    Raises:
+        EngineError: the engine could not start; nothing is left behind.
+    """
+    processes = ChildProcesses(context, log_path)
+    previous_quit = signal.getsignal(signal.SIGQUIT)
+    try:
+        with _trainer_environment({**environment, children.LOG_VARIABLE: str(processes.log_path)}) as restore:
+            engine = _construct(server_args, processes, timeout_s, restore, during_start)
+    except BaseException as error:
+        processes.stop()
+        signal.signal(signal.SIGQUIT, previous_quit)
+        if isinstance(error, _DuringStartError):
+            raise error.error from None
+        if isinstance(error, Exception) and not isinstance(error, EngineError):
+            raise EngineError(f"engine failed to start: {type(error).__name__}: {error}") from error
+        raise
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    return StartedEngine(engine, processes, engine._scheduler_init_result.scheduler_infos[0], previous_quit)
+
+
+class _DuringStartError(Exception):
+    """Carries an error of the caller's own `during_start` past the engine's error handling."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _construct(
+    server_args: Mapping[str, Any],
+    processes: ChildProcesses,
+    timeout_s: float,
+    restore_environment: Callable[[], None],
+    during_start: Callable[[], None] | None,
+) -> Engine:
+    def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
+        processes.files += _socket_files(ports)
+        restore_environment()
+        if during_start is not None:
+            try:
+                during_start()
+            except Exception as error:
+                raise _DuringStartError(error) from error
+        return init_tokenizer_manager(args, ports, *rest)
+
+    class OwnedEngine(Engine):
+        init_tokenizer_manager_func = staticmethod(start_tokenizer_manager)
+        run_scheduler_process_func = staticmethod(children.run_scheduler)
+        run_detokenizer_process_func = staticmethod(children.run_detokenizer)
+
+        @classmethod
+        def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+            # SGLang's handler, just installed, kills this process when a child reports a failure by SIGQUIT.
+            signal.signal(signal.SIGQUIT, note_child_failure)
+            result, started = super()._launch_scheduler_processes(*args, **kwargs)
+            result.wait_for_ready = lambda: result.scheduler_infos.extend(processes.wait_ready(timeout_s))
+            return result, started
+
+        def shutdown(self) -> None:
+            """Do nothing: SGLang's version kills every child of this process, the trainer's too."""
+
+    with _replaced(sglang_engine, mp=processes, configure_logger=lambda *args, **kwargs: None):
+        return OwnedEngine(**server_args)
+
+
+def note_child_failure(signum: int, frame: Any) -> None:
+    """A child reported a failure; whoever waits for it sees it end and says why."""
+
+
+def last_error_lines(path: Path) -> str:
+    """The end of a log file, from its last traceback on if there is one."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    lines = [line for line in lines if line.strip()]
+    starts = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    recent = lines[starts[-1] :] if starts else lines
+    return "\n".join(recent[-_TAIL_LINES:])
+
+
+@contextmanager
+def _trainer_environment(for_children: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+    """Set variables for the children; on exit, or when the yielded function is called, the trainer's are back.
+
+    SGLang's own settings (SGLANG_*) stay: its part in this process reads them later.
+    """
+    before = dict(os.environ)
+
+    def restore() -> None:
+        for name in os.environ.keys() | before.keys():
+            if name.startswith("SGLANG_") and name not in for_children:
+                continue
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+    os.environ.update(for_children)
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextmanager
+def _replaced(module: Any, **attributes: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _family(process: BaseProcess) -> list[psutil.Process]:
+    try:
+        itself = psutil.Process(process.pid)
+        return [*itself.children(recursive=True), itself]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _socket_files(ports: Any) -> list[Path]:
+    addresses = [value for value in vars(ports).values() if isinstance(value, str) and value.startswith("ipc://")]
+    return [Path(address.removeprefix("ipc://")) for address in addresses]
+
+
+def _temporary_log() -> Path:
+    handle, name = tempfile.mkstemp(prefix="mrl_engine_", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
+def context_for(device: str) -> BaseContext:
+    """Fork on CPU, where the parent has everything imported; spawn on CUDA, whose contexts do not survive a fork."""
+    return multiprocessing.get_context("fork" if device == "cpu" else "spawn")

@@ -1,0 +1,86 @@
+"""Requests to and answers from SGLang, in this package's types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from mrl.interfaces import EngineError
+from mrl.types import FinishReason, Generation, SamplingParams
+
+_LOWEST_LOG_PROB = -1e30
+"""SGLang clamps the log of a probability of 0 to float32's lowest number."""
+
+
+def sampling_dict(params: SamplingParams) -> dict[str, Any]:
+    """SGLang's sampling parameters.
+
+    Raises:
+        ValueError: a value SGLang cannot honour when it runs without a tokenizer, or one out of range.
+    """
+    if params.stop:
+        raise ValueError(
+            f"stop strings {list(params.stop)} need a tokenizer in the engine, which gets and returns token ids only; "
+            "pass stop_token_ids, or cut the text after decoding"
+        )
+    if params.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {params.max_new_tokens} must be at least 1")
+    if params.temperature < 0 or not math.isfinite(params.temperature):
+        raise ValueError(f"temperature = {params.temperature} must be 0 (greedy) or positive")
+    if not 0 < params.top_p <= 1:
+        raise ValueError(f"top_p = {params.top_p} must lie in (0, 1]")
+    if params.top_k != -1 and params.top_k < 1:
+        raise ValueError(f"top_k = {params.top_k} must be -1 (off) or at least 1")
+    if params.ignore_eos and params.stop_token_ids:
+        raise ValueError(
+            f"ignore_eos = True makes the engine ignore stop_token_ids = {list(params.stop_token_ids)} too; set one"
+        )
+    return {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": params.ignore_eos,
+    }
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_tokens: int) -> None:
+    """Refuse prompts that SGLang would cut silently.
+
+    Raises:
+        ValueError: an empty prompt, or one that leaves less than `max_new_tokens` of `max_tokens`.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty")
+        if len(prompt) + max_new_tokens > max_tokens:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens = {max_new_tokens} that is more than "
+                f"the {max_tokens} the engine can hold (context_length and max_total_tokens); shorten one or raise them"
+            )
+
+
+def generation_of(output: Mapping[str, Any]) -> Generation:
+    """One answer of SGLang.
+
+    Raises:
+        EngineError: log-probs that are missing, not finite or of probability 0, or an answer cut short by NaN logits.
+    """
+    meta = output["meta_info"]
+    response_ids = list(output["output_ids"])
+    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    reason = meta["finish_reason"]
+    if reason["type"] == "stop" and not isinstance(reason.get("matched"), int):
+        raise EngineError(f"engine stopped a response for {reason.get('matched')!r}; are its weights finite?")
+    if len(log_probs) != len(response_ids):
+        raise EngineError(f"engine returned {len(log_probs)} log-probs for {len(response_ids)} tokens")
+    if not all(math.isfinite(value) and value > _LOWEST_LOG_PROB for value in log_probs):
+        raise EngineError("engine returned a log-prob that is not finite; are its weights finite?")
+    return Generation(
+        response_ids=response_ids,
+        rollout_log_probs=log_probs,
+        finish_reason=cast(FinishReason, reason["type"]),
+        weight_version=int(meta["weight_version"]),
+    )
