@@ -1,0 +1,196 @@
+"""Rollout engines that live on the trainer's own ranks.
+
+Engine e of size T lives on ranks e T .. e T + T - 1; the first of them, its leader, owns it and the others wait. Every
+method is called by all ranks with the same arguments and returns the same on all of them. When any engine fails, all
+ranks raise the same EngineError.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mrl.interfaces import EngineError, RolloutEngine, WeightUpdateReport
+from mrl.parallel.agreement import gather_results
+from mrl.reshard.layout import SourceRank
+from mrl.reshard.spec import ModelSpec
+from mrl.rollout.queue import SharedQueue, open_store
+from mrl.rollout.wire import decode, encode
+from mrl.types import Generation, Prompt, Sample, SamplingParams
+
+Result = TypeVar("Result")
+TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
+
+
+class StreamingEngine(RolloutEngine, Protocol):
+    """A rollout engine that can also take its prompts from a queue as slots become free."""
+
+    def generate_from(self, take: TakePrompts, params: SamplingParams, *, window: int) -> dict[int, Generation]:
+        """Responses by index, for prompts that `take(free slots)` hands out until it returns none."""
+        ...
+
+
+class ColocatedRollout:
+    """Implements `mrl.interfaces.Rollout`. Built by all ranks; the default process group carries CPU tensors.
+
+    Args:
+        engine: this rank's engine where the rank is a leader, None elsewhere.
+        spec: the actor's model.
+        source: what this rank exports of the actor's weights; its buffers never move.
+        max_running_requests: most prompts one engine has in flight.
+        weight_version: version of the first update; each later one adds 1.
+        timeout: of the shared queue's store.
+
+    Raises:
+        ValueError: no rank has an engine.
+    """
+
+    def __init__(
+        self,
+        engine: StreamingEngine | None,
+        *,
+        spec: ModelSpec,
+        source: SourceRank,
+        max_running_requests: int = 256,
+        weight_version: int = 0,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        self._engine = engine
+        initialized = dist.is_initialized()
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+        self._window = max_running_requests
+        self._next_version = weight_version
+        self._rounds = 0
+        owners, sources = zip(*gather_results(lambda: (engine is not None, source)), strict=True)
+        self._leaders = [rank for rank, owns in enumerate(owners) if owns]
+        if not self._leaders:
+            raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
+        self._control = {"spec": spec.to_json(), "sources": [each.to_json() for each in sources]}
+        self._store = open_store(timeout)
+        self.metrics: dict[str, float] = {}
+        """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """One sample for each prompt, in order, on every rank; `response_text` is left empty.
+
+        Raises:
+            EngineError: any engine failed.
+            ValueError: sampling parameters or prompts that an engine refuses.
+        """
+        begin = time.perf_counter()
+        self._rounds += 1
+        queue = SharedQueue(self._store, f"rollout/{self._rounds}", len(prompts))
+        mine = encode({})
+
+        def work(engine: StreamingEngine) -> tuple[int, int]:
+            nonlocal mine
+            mine = encode(self._respond(engine, queue, prompts, params))
+            return mine[0].numel(), mine[1].numel()
+
+        sizes = self._on_leaders(work, on_error=queue.close)
+        engine_s = time.perf_counter() - begin
+        generations = self._exchange(mine, sizes)
+        samples = [Sample(prompt=prompt, generation=generations[index]) for index, prompt in enumerate(prompts)]
+        tokens = sum(len(generation.response_ids) for generation in generations.values())
+        self.metrics = {
+            "rollout/tokens": float(tokens),
+            "rollout/engine_s": engine_s,
+            "rollout/tokens_per_s": tokens / (time.perf_counter() - begin),
+        }
+        return samples
+
+    def update_weights(self) -> dict[str, float]:
+        """Have every engine pull the actor's current weights; returns `reshard/*` and `rollout/weight_version`.
+
+        Weights must not change until this returns. On GPUs the caller has waited for its own kernels.
+
+        Raises:
+            EngineError: any engine failed; none generates until an update succeeds.
+        """
+        version, begin = self._next_version, time.perf_counter()
+        if self._world_size > 1:
+            dist.barrier()
+        reports = self._on_leaders(lambda engine: engine.update_weights(self._control, weight_version=version))
+        self._next_version += 1
+        return _reshard_metrics(reports, time.perf_counter() - begin)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine give up its memory of `tags` ("weights", "kv_cache", "cuda_graph")."""
+        self._on_leaders(lambda engine: engine.release_memory(tags))
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine take its memory of `tags` again; weights need an update afterwards."""
+        self._on_leaders(lambda engine: engine.resume_memory(tags))
+
+    def close(self) -> None:
+        """Stop this rank's engine. Needs no other rank, so it also serves where one has failed."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def _respond(
+        self, engine: StreamingEngine, queue: SharedQueue, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> dict[int, Generation]:
+        if len(self._leaders) == 1:
+            # In one message the engine always forms the same batches, so a rerun samples the same tokens.
+            responses = engine.generate([prompt.token_ids for prompt in prompts], params)
+            return dict(enumerate(responses))
+
+        def take(free: int) -> list[tuple[int, list[int]]]:
+            return [(index, prompts[index].token_ids) for index in queue.take(free)]
+
+        # No engine starts with more than its share, however early it asks.
+        share = -(-len(prompts) // len(self._leaders))
+        return engine.generate_from(take, params, window=max(1, min(self._window, share)))
+
+    def _on_leaders(
+        self, work: Callable[[StreamingEngine], Result], on_error: Callable[[], None] | None = None
+    ) -> list[Result]:
+        """Every leader's result, on every rank. Failures are agreed on before any rank raises."""
+
+        def attempt() -> Result | None:
+            if self._engine is None:
+                return None
+            try:
+                return work(self._engine)
+            except Exception as error:
+                if on_error is not None:
+                    on_error()
+                if isinstance(error, EngineError):
+                    raise EngineError(f"rollout engine of rank {self._rank}: {error}") from error
+                raise
+
+        return [result for result in gather_results(attempt) if result is not None]
+
+    def _exchange(self, mine: tuple[Tensor, Tensor], sizes: Sequence[tuple[int, int]]) -> dict[int, Generation]:
+        """Every leader's generations, on every rank."""
+        generations: dict[int, Generation] = {}
+        for leader, (num_numbers, num_log_probs) in zip(self._leaders, sizes, strict=True):
+            numbers, log_probs = mine
+            if leader != self._rank:
+                numbers = torch.empty(num_numbers, dtype=torch.int32)
+                log_probs = torch.empty(num_log_probs, dtype=torch.float32)
+            if self._world_size > 1 and num_numbers:
+                dist.broadcast(numbers, src=leader)
+                dist.broadcast(log_probs, src=leader)
+            generations |= decode(numbers, log_probs)
+        return generations
+
+
+def _reshard_metrics(reports: Sequence[WeightUpdateReport], seconds: float) -> dict[str, float]:
+    num_bytes = sum(report.bytes for report in reports)
+    pull_s = max(report.pull_s for report in reports)
+    return {
+        "reshard/bytes": float(num_bytes),
+        "reshard/ops": float(sum(report.ops for report in reports)),
+        "reshard/pull_s": pull_s,
+        "reshard/call_s": max(report.call_s for report in reports),
+        "reshard/total_s": seconds,
+        "reshard/gb_per_s": num_bytes / max(pull_s, 1e-9) / 1e9,
+        "rollout/weight_version": float(reports[0].weight_version),
+    }
