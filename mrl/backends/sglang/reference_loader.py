@@ -1,0 +1,90 @@
+"""SGLang's own models and weight loaders as one rank of an engine, without an engine, to check a reshard against.
+
+The rank and size of tensor parallelism are SGLang's own test overrides, so no process group is needed, and KV heads
+are replicated as on CUDA, where an engine on CPU would pad them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.distributed import parallel_state
+from sglang.srt.models.llama import LlamaForCausalLM
+from sglang.srt.models.qwen2 import Qwen2ForCausalLM
+from sglang.srt.runtime_context import get_context, get_parallel
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+_MODELS: dict[str, type[nn.Module]] = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Stands for a process group where models read its size and place from a global; it cannot communicate."""
+
+    world_size: int
+    rank_in_group: int
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank_in_group == 0
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank_in_group == self.world_size - 1
+
+
+def build_engine_model(config: Mapping[str, Any], *, tp_rank: int, tp_size: int, dtype: torch.dtype) -> nn.Module:
+    """SGLang's model as rank `tp_rank` of `tp_size` holds it, on CPU, every floating point parameter NaN.
+
+    Args:
+        config: parsed config.json of a supported family.
+
+    Raises:
+        ValueError: the model type has no SGLang model here, or its sizes do not fit `tp_size`.
+    """
+    family = config["model_type"]
+    if family not in _MODELS:
+        raise ValueError(f"model_type = {family!r} is not one of {', '.join(_MODELS)}")
+    hugging_face = AutoConfig.for_model(**config)
+    with _engine_rank(tp_rank, tp_size), _default_dtype(dtype):
+        try:
+            model = _MODELS[family](hugging_face)
+        except AssertionError as error:
+            raise ValueError(f"SGLang cannot cut {family} over tensor parallel size {tp_size}: {error}") from error
+    for param in model.parameters():
+        param.data.fill_(torch.nan)
+    return model
+
+
+def load_reference(model: nn.Module, state: Mapping[str, Tensor], *, tp_rank: int, tp_size: int) -> None:
+    """Fill the model with SGLang's own `load_weights` from a whole Hugging Face state dict."""
+    with _engine_rank(tp_rank, tp_size), torch.no_grad():
+        model.load_weights(iter(state.items()))  # type: ignore[operator]
+
+
+@contextmanager
+def _engine_rank(tp_rank: int, tp_size: int) -> Iterator[None]:
+    ranks = {"tp_rank": tp_rank, "attn_tp_rank": tp_rank, "pp_rank": 0, "attn_dp_rank": 0, "attn_cp_rank": 0}
+    sizes = {"tp_size": tp_size, "attn_tp_size": tp_size, "pp_size": 1, "attn_dp_size": 1, "attn_cp_size": 1}
+    previous = parallel_state._PP, parallel_state._TP
+    parallel_state._PP, parallel_state._TP = _Group(1, 0), _Group(tp_size, tp_rank)
+    try:
+        with get_context().override_server_args(device="cpu"), get_parallel().override(**ranks, **sizes):
+            yield
+    finally:
+        parallel_state._PP, parallel_state._TP = previous
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

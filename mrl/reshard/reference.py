@@ -1,0 +1,157 @@
+"""Hugging Face weights to Megatron shards and back, and to engine shards: the slow path that checks the tables.
+
+Cat, reshape and chunk, without the layout tables on purpose; it holds whole tensors and is used by checks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mrl.reshard.spec import ModelSpec
+
+StateDict = Mapping[str, Tensor]
+_LAYER_NORMS = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+
+
+def megatron_shard(
+    state: StateDict,
+    spec: ModelSpec,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    layers: Sequence[int],
+    pre_process: bool,
+    post_process: bool,
+    padded_vocab_size: int,
+) -> dict[str, Tensor]:
+    """One rank's parameters (local spec names, global layer numbers) from a whole Hugging Face state dict.
+
+    Args:
+        layers: global indices of the rank's layers, over all its model chunks.
+        pre_process, post_process: the rank holds the embedding; the final norm and the output layer. A tied output
+            layer is held only where the embedding is not, as in GPTModel.
+    """
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.chunk(tp_size)[tp_rank].contiguous()
+
+    def columns(tensor: Tensor) -> Tensor:
+        return tensor.chunk(tp_size, dim=1)[tp_rank].contiguous()
+
+    shard: dict[str, Tensor] = {}
+    if pre_process:
+        shard["embedding.word_embeddings.weight"] = rows(_padded(state["model.embed_tokens.weight"], padded_vocab_size))
+    for layer in layers:
+        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        for megatron, hugging_face in _LAYER_NORMS:
+            shard[f"{target}{megatron}.weight"] = state[f"{source}{hugging_face}.weight"]
+        for kind in ("weight", "bias") if spec.attention_bias else ("weight",):
+            q, k, v = (state[f"{source}self_attn.{name}_proj.{kind}"] for name in "qkv")
+            shard[f"{target}self_attention.linear_qkv.{kind}"] = rows(_interleave_groups(spec, q, k, v))
+        shard[target + "self_attention.linear_proj.weight"] = columns(state[source + "self_attn.o_proj.weight"])
+        gate, up = (rows(state[f"{source}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+        shard[target + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        shard[target + "mlp.linear_fc2.weight"] = columns(state[source + "mlp.down_proj.weight"])
+    if post_process:
+        shard["decoder.final_layernorm.weight"] = state["model.norm.weight"]
+    if post_process and not (spec.tie_word_embeddings and pre_process):
+        head = state["model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"]
+        shard["output_layer.weight"] = rows(_padded(head, padded_vocab_size))
+    return shard
+
+
+def hugging_face_state(stages: Sequence[Sequence[Mapping[str, Tensor]]], spec: ModelSpec) -> dict[str, Tensor]:
+    """The whole Hugging Face state dict from `stages[pp_rank][tp_rank]`, the shards of one replica."""
+    state: dict[str, Tensor] = {}
+    for stage in stages:
+        for name in stage[0]:
+            _unshard(name, [shard[name] for shard in stage], spec, state)
+    return state
+
+
+def _unshard(name: str, shards: list[Tensor], spec: ModelSpec, state: dict[str, Tensor]) -> None:
+    if name == "embedding.word_embeddings.weight":
+        state["model.embed_tokens.weight"] = torch.cat(shards)[: spec.vocab_size]
+    elif name == "output_layer.weight":
+        if not spec.tie_word_embeddings:
+            state["lm_head.weight"] = torch.cat(shards)[: spec.vocab_size]
+    elif name == "decoder.final_layernorm.weight":
+        state["model.norm.weight"] = shards[0]
+    else:
+        _, _, layer, kind = name.split(".", 3)
+        _unshard_layer(f"model.layers.{layer}.", kind, shards, spec, state)
+
+
+def _unshard_layer(prefix: str, kind: str, shards: list[Tensor], spec: ModelSpec, state: dict[str, Tensor]) -> None:
+    for megatron, hugging_face in _LAYER_NORMS:
+        if kind == f"{megatron}.weight":
+            state[f"{prefix}{hugging_face}.weight"] = shards[0]
+    if kind.startswith("self_attention.linear_qkv."):
+        suffix = kind.rpartition(".")[2]
+        for name, tensor in zip("qkv", _split_groups(spec, torch.cat(shards)), strict=True):
+            state[f"{prefix}self_attn.{name}_proj.{suffix}"] = tensor
+    elif kind == "self_attention.linear_proj.weight":
+        state[prefix + "self_attn.o_proj.weight"] = torch.cat(shards, dim=1)
+    elif kind == "mlp.linear_fc1.weight":
+        halves = [shard.chunk(2) for shard in shards]
+        state[prefix + "mlp.gate_proj.weight"] = torch.cat([gate for gate, _ in halves])
+        state[prefix + "mlp.up_proj.weight"] = torch.cat([up for _, up in halves])
+    elif kind == "mlp.linear_fc2.weight":
+        state[prefix + "mlp.down_proj.weight"] = torch.cat(shards, dim=1)
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+def _interleave_groups(spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[q heads x dim, ...], [kv heads x dim, ...] twice -> per query group [its q heads, k, v]."""
+    grouped = [tensor.reshape(spec.num_key_value_heads, -1, *tensor.shape[1:]) for tensor in (q, k, v)]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split_groups(spec: ModelSpec, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `_interleave_groups`."""
+    grouped = qkv.reshape(spec.num_key_value_heads, -1, *qkv.shape[1:])
+    q, k, v = grouped.split([grouped.shape[1] - 2 * spec.head_dim, spec.head_dim, spec.head_dim], dim=1)
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def sglang_shard(
+    state: StateDict, spec: ModelSpec, *, tp_rank: int, tp_size: int, padded_vocab_size: int
+) -> dict[str, Tensor]:
+    """One engine rank's parameters from a whole Hugging Face state dict, KV heads replicated if fewer than ranks."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.chunk(tp_size)[tp_rank]
+
+    replicas = max(1, tp_size // spec.num_key_value_heads)
+
+    def kv_rows(tensor: Tensor) -> Tensor:
+        heads = tensor.reshape(spec.num_key_value_heads, spec.head_dim, *tensor.shape[1:])
+        return rows(heads.repeat_interleave(replicas, dim=0)).flatten(0, 1)
+
+    def columns(tensor: Tensor) -> Tensor:
+        return tensor.chunk(tp_size, dim=1)[tp_rank]
+
+    shard = {
+        "model.embed_tokens.weight": rows(_padded(state["model.embed_tokens.weight"], padded_vocab_size)),
+        "model.norm.weight": state["model.norm.weight"],
+    }
+    if not spec.tie_word_embeddings:
+        shard["lm_head.weight"] = rows(_padded(state["lm_head.weight"], padded_vocab_size))
+    for layer in range(spec.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            shard[prefix + norm] = state[prefix + norm]
+        for kind in ("weight", "bias") if spec.attention_bias else ("weight",):
+            q, k, v = (state[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
+            shard[f"{prefix}self_attn.qkv_proj.{kind}"] = torch.cat([rows(q), kv_rows(k), kv_rows(v)])
+        gate, up = (rows(state[f"{prefix}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+        shard[prefix + "mlp.gate_up_proj.weight"] = torch.cat([gate, up])
+        shard[prefix + "self_attn.o_proj.weight"] = columns(state[prefix + "self_attn.o_proj.weight"])
+        shard[prefix + "mlp.down_proj.weight"] = columns(state[prefix + "mlp.down_proj.weight"])
+    return shard

@@ -1,0 +1,101 @@
+"""A trainer's exported weights without a trainer: distinct values, cut by the slow reference, in shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import tensor_shapes
+from mrl.reshard.layout import SourceRank
+from mrl.reshard.reference import StateDict, megatron_shard
+from mrl.reshard.spec import ModelSpec
+from mrl.reshard.transport import export_source
+
+_ALIGNMENT_BYTES = 256
+_CHUNK = 1 << 22
+
+
+@dataclass(kw_only=True, frozen=True)
+class SyntheticTrainer:
+    """Every trainer rank's export, and the memory behind it, which must outlive the pulls."""
+
+    sources: list[SourceRank]
+    memory: list[dict[str, Tensor]]
+    """Parameters by name, per rank."""
+
+
+def distinct_state(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A whole Hugging Face state dict in which an element in the wrong place shows.
+
+    Elements are numbered through the model. In 4-byte types the number is the bit pattern; in 2-byte types 16 bits of
+    its hash, so one misplaced element is missed with probability 2^-16 and a misplaced row practically never.
+    """
+    state: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in tensor_shapes(spec).items():
+        tensor = torch.empty(shape, dtype=dtype)
+        words = tensor.view(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+        for first in range(0, words.numel(), _CHUNK):
+            chunk = words[first : first + _CHUNK]
+            numbers = torch.arange(start + first, start + first + chunk.numel())
+            chunk.copy_(_hash(numbers) if dtype.itemsize == 2 else numbers)
+        start += words.numel()
+        state[name] = tensor
+    return state
+
+
+def export_layout(
+    spec: ModelSpec, state: StateDict, layout: ParallelLayout, *, padded_vocab_size: int, host: str, first_device: int
+) -> SyntheticTrainer:
+    """Cut `state` over all ranks of a training layout, each rank's parameters in one exported flat buffer.
+
+    Args:
+        first_device: device index of rank 0, counted up by rank; -1 puts every rank on the CPU.
+    """
+    sources, memory = [], []
+    for rank in range(layout.world_size):
+        tp_rank, _, _, pp_rank = layout.coordinates(rank)
+        stages = range(layout.vpp or 1)
+        layers = [layer for stage in stages for layer in layout.layers_of(spec.num_hidden_layers, pp_rank, stage)]
+        shard = megatron_shard(
+            state,
+            spec,
+            tp_rank=tp_rank,
+            tp_size=layout.tp,
+            layers=layers,
+            pre_process=pp_rank == 0,
+            post_process=pp_rank == layout.pp - 1,
+            padded_vocab_size=padded_vocab_size,
+        )
+        params = _in_one_buffer(shard)
+        device = first_device + rank if first_device >= 0 else -1
+        sources.append(
+            export_source(params.items(), rank=rank, tp_rank=tp_rank, tp_size=layout.tp, host=host, device=device)
+        )
+        memory.append(params)
+    return SyntheticTrainer(sources=sources, memory=memory)
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """[n] int64 -> [n] int16, well mixed: neighbours and fixed strides do not collide systematically."""
+    mixed = numbers
+    for shift in (30, 27):
+        mixed = (mixed ^ (mixed >> shift)) * 0x5851F42D4C957F2D
+    return (mixed >> 40).to(torch.int16)
+
+
+def _in_one_buffer(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as views of one flat buffer, each start aligned, as Megatron's parameter buffer lays them."""
+    offsets, end = [], 0
+    for tensor in shard.values():
+        offsets.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    buffer = torch.zeros(end, dtype=torch.uint8)
+    views = {}
+    for (name, tensor), offset in zip(shard.items(), offsets, strict=True):
+        views[name] = buffer.narrow(0, offset, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        views[name].copy_(tensor)
+    return views
