@@ -12,6 +12,7 @@ from mrl.config.section import Section
 
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+KLLossKind = Literal[KLKind, "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -46,8 +47,8 @@ class ActorConfig(Section):
     """Add a KL term against the reference to the loss."""
     kl_loss_coef: float = 0.001
     """Weight of that term."""
-    kl_loss_type: KLKind = "low_var_kl"
-    """Its estimator: kl and k1 are the same, as are mse and k2, low_var_kl and k3."""
+    kl_loss_type: KLLossKind = "low_var_kl"
+    """Its estimator: kl is k1, mse is k2, low_var_kl is k3; a + takes the gradient of k2 instead of its own."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     megatron: TrainableMegatronConfig = field(default_factory=TrainableMegatronConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from mrl.config.actor import ActorConfig
@@ -26,18 +26,28 @@ class _Rule:
     """Report although nobody set the key: its default promises something."""
 
 
-def find_inert_settings(config: PPOConfig, *, set_keys: Collection[str] = (), device: str | None = None) -> list[str]:
+def find_inert_settings(config: PPOConfig, *, set_keys: Collection[str] = ()) -> list[str]:
     """One line for each group of settings that has no effect, saying why and what to set instead.
+
+    Settings that only a CPU ignores are included if `trainer.device` is cpu.
 
     Args:
         set_keys: leaf keys named in overrides, reported even if they repeat the default.
-        device: "cpu" or "cuda" once known; null takes `trainer.device`, and "auto" reports nothing about devices.
     """
-    device = device or config.trainer.device
+    lines = _apply(_RULES, config, set_keys)
+    return lines + find_inert_on_cpu(config, set_keys=set_keys) if config.trainer.device == "cpu" else lines
+
+
+def find_inert_on_cpu(config: PPOConfig, *, set_keys: Collection[str] = ()) -> list[str]:
+    """The lines about settings that act on GPUs only, for whoever finds that `trainer.device=auto` means a CPU."""
+    return _apply(_CPU_RULES, config, set_keys)
+
+
+def _apply(rules: Iterable[_Rule], config: PPOConfig, set_keys: Collection[str]) -> list[str]:
     values, defaults = flatten(config), flatten(PPOConfig())
     changed = {key for key, value in values.items() if value != defaults[key]}
     lines = []
-    for rule in (*_RULES, *(_CPU_RULES if device == "cpu" else ())):
+    for rule in rules:
         if not rule.when(config):
             continue
         candidates = set(set_keys) if rule.overrides_only else changed | set(set_keys)

@@ -62,5 +62,6 @@ def suggest_keys(unknown: str, limit: int = 3) -> list[str]:
     siblings = [key for key in known if key.rpartition(".")[0] == unknown.rpartition(".")[0]]
     by_last = {key.rsplit(".", 1)[-1]: key for key in siblings}
     similar_last = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=limit, cutoff=0.6)]
+    similar_last += [key for name, key in by_last.items() if name.startswith(last)]
     similar = difflib.get_close_matches(unknown, known, n=limit, cutoff=0.75)
     return list(dict.fromkeys([*similar_last, *same_last, *similar]))[:limit]

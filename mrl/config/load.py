@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mrl.config.build import config_from_dict, config_to_dict, require_known
@@ -36,13 +38,45 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "ppo_megatron_
     assignments, choices = _parse(overrides)
     assignments, notes = translate(assignments)
     require_known([item.key for item in assignments if not is_section_path(item.key)])
-    config = config_from_dict(_compose(config_name, assignments, choices))
+    config = config_from_dict(compose_values(config_name, assignments, choices))
     for note in notes:
         logger.info(note)
     set_keys = {leaf for item in assignments if (leaf := find_leaf(item.key)) is not None}
     for line in find_inert_settings(config, set_keys=set_keys):
         logger.warning(line)
     return config
+
+
+def compose_values(
+    config_name: str, assignments: Sequence[Assignment] = (), choices: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The resolved but unchecked values of a file of `configs/` with assignments and choices of group files.
+
+    Raises:
+        ConfigError: no such file, or Hydra cannot compose it.
+    """
+    try:
+        values = copy.deepcopy(_compose_files(config_name, tuple(choices)))
+        for item in assignments:
+            value = _parse_one(f"{item.key}={item.value}").value()
+            OmegaConf.update(values, item.key, value, merge=True, force_add=True)
+        plain = OmegaConf.to_container(values, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot compose the configuration: {error}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@cache
+def _compose_files(config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    directory = config_dir()
+    if not (directory / f"{config_name}.yaml").is_file():
+        names = ", ".join(sorted(path.stem for path in directory.glob("*.yaml")))
+        raise ConfigError(f"no configuration named {config_name!r} in {directory}; there are {names}")
+    with initialize_config_dir(version_base="1.3", config_dir=str(directory)):
+        values = compose(config_name, list(choices))
+    OmegaConf.set_struct(values, False)
+    return values
 
 
 def save_config(config: PPOConfig, path: str | Path) -> None:
@@ -109,18 +143,3 @@ def _parse_one(text: str) -> Override:
 def _value_text(text: str) -> str:
     value = text.partition("=")[2]
     return f"'{value}'" if value.startswith("~") else value
-
-
-def _compose(config_name: str, assignments: Sequence[Assignment], choices: Sequence[str]) -> dict[str, Any]:
-    directory = config_dir()
-    if not (directory / f"{config_name}.yaml").is_file():
-        names = ", ".join(sorted(path.stem for path in directory.glob("*.yaml")))
-        raise ConfigError(f"no configuration named {config_name!r} in {directory}; there are {names}")
-    overrides = [*choices, *(f"++{item.key}={item.value}" for item in assignments)]
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(directory)):
-            values = OmegaConf.to_container(compose(config_name, overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot compose the configuration: {error}") from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}

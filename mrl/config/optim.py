@@ -19,12 +19,14 @@ class OptimConfig(Section):
     lr: float = 1e-6
     """Peak learning rate."""
     lr_warmup_steps: int = -1
-    """Optimizer steps of linear warm-up from 0; -1 takes `lr_warmup_steps_ratio`."""
+    """Optimizer steps of linear warm-up from `lr_warmup_init`; -1 takes `lr_warmup_steps_ratio`."""
     lr_warmup_steps_ratio: float = 0.0
     """The same as a share of `total_training_steps`."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the first step of the warm-up."""
     total_training_steps: int = -1
     """Optimizer steps after which the decay ends; -1 is the whole run, counted by the trainer."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
     """How the learning rate falls to `min_lr` after warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
@@ -39,11 +41,12 @@ class OptimConfig(Section):
 
     def check(self) -> None:
         more_than(self, 0, "lr")
-        at_least(self, 0, "min_lr", "weight_decay", "clip_grad")
+        at_least(self, 0, "min_lr", "lr_warmup_init", "weight_decay", "clip_grad")
         at_least(self, -1, "lr_warmup_steps")
         within(self, 0, 1, "lr_warmup_steps_ratio")
         positive_or_unset(self, "total_training_steps")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas = {list(self.betas)} must lie in [0, 1)")
-        if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr = {self.min_lr} is above lr = {self.lr}; lower min_lr")
+        for name in ("min_lr", "lr_warmup_init"):
+            if getattr(self, name) > self.lr:
+                raise ConfigError(f"{name} = {getattr(self, name)} is above lr = {self.lr}; lower {name}")

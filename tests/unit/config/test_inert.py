@@ -1,0 +1,131 @@
+"""Settings without effect: each is reported when it does nothing, and only then."""
+
+import pytest
+
+from mrl.config.inert import find_inert_on_cpu, find_inert_settings
+from mrl.config.keys import find_leaf
+from mrl.config.load import load_config
+
+ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "ref", "rollout"))
+NO_VALIDATION = "trainer.val_before_train=False"
+
+
+def report(*overrides):
+    """What loading these overrides says of settings that do not act."""
+    set_keys = {find_leaf(override.lstrip("+").partition("=")[0]) for override in overrides}
+    return find_inert_settings(load_config(overrides), set_keys=set_keys)
+
+
+# The setting that does nothing, what surrounds it, the reason, and what would make it act.
+CASES = [
+    ("algorithm.kl_ctrl.kl_coef=0.001", [], "set algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=True"]),
+    ("algorithm.kl_penalty=k3", [], "no KL penalty is subtracted", ["algorithm.use_kl_in_reward=True"]),
+    (
+        "algorithm.kl_ctrl.target_kl=0.2",
+        ["algorithm.use_kl_in_reward=True"],
+        "the coefficient is fixed",
+        ["algorithm.kl_ctrl.type=adaptive"],
+    ),
+    (f"{ACTOR}.kl_loss_coef=0.001", [], "the loss has no KL term", [f"{ACTOR}.use_kl_loss=True"]),
+    (f"{ACTOR}.kl_loss_type=k2", [], "the loss has no KL term", [f"{ACTOR}.use_kl_loss=True"]),
+    (f"{REF}.log_prob_micro_batch_size_per_gpu=4", [], "no reference model is built", [f"{ACTOR}.use_kl_loss=True"]),
+    (f"{REF}.megatron.param_offload=True", [], "no reference model is built", ["algorithm.use_kl_in_reward=True"]),
+    (
+        f"{ACTOR}.clip_ratio=0.3",
+        [f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.4"],
+        "take precedence",
+        [f"{ACTOR}.clip_ratio_high=${{.clip_ratio}}"],
+    ),
+    (
+        f"{ACTOR}.loss_scale_factor=100",
+        [],
+        "seq-mean-token-sum-norm only",
+        [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm"],
+    ),
+    (
+        "critic.loss_scale_factor=100",
+        [],
+        "seq-mean-token-sum-norm only",
+        ["critic.loss_agg_mode=seq-mean-token-sum-norm"],
+    ),
+    (f"{ACTOR}.optim.min_lr=1e-8", [], "the learning rate is constant", [f"{ACTOR}.optim.lr_decay_style=cosine"]),
+    ("critic.optim.min_lr=1e-8", [], "the learning rate is constant", ["critic.optim.lr_decay_style=linear"]),
+    (
+        "critic.optim.lr_warmup_steps_ratio=0.1",
+        ["critic.optim.lr_warmup_steps=5"],
+        "takes precedence",
+        ["critic.optim.lr_warmup_steps=-1"],
+    ),
+    (
+        f"{ACTOR}.optim.total_training_steps=100",
+        [],
+        "no warm-up is given as a ratio",
+        [f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1"],
+    ),
+    (f"{ROLLOUT}.mode=async", [], "engines run in-process", None),
+    (f"{ROLLOUT}.load_format=auto", [], "leave it at dummy", [f"{ROLLOUT}.load_format=dummy"]),
+    (f"{ROLLOUT}.val_kwargs.temperature=0.5", [NO_VALIDATION], "does not validate", ["trainer.test_freq=5"]),
+    ("trainer.log_val_generations=3", [NO_VALIDATION], "does not validate", ["trainer.test_freq=5"]),
+    ("data.val_batch_size=3", [NO_VALIDATION], "does not validate", ["trainer.val_only=True"]),
+    ("data.seed=3", ["data.shuffle=False"], "data.shuffle is False", ["data.shuffle=True"]),
+    (
+        "data.truncation=left",
+        ["data.filter_overlong_prompts=True"],
+        "no over-long prompt is left",
+        ["data.filter_overlong_prompts=False"],
+    ),
+    ("data.return_raw_chat=False", [], "are kept with every prompt", ["data.return_raw_chat=True"]),
+    ("reward.custom_reward_function.name=f", [], "path is null", ["reward.custom_reward_function.path=/r.py"]),
+    (
+        "+reward.custom_reward_function.reward_kwargs.a=1",
+        [],
+        "path is null",
+        ["reward.custom_reward_function.path=/r.py"],
+    ),
+    ("trainer.default_hdfs_dir=hdfs://x", [], "nothing is copied to HDFS", ["trainer.default_hdfs_dir=null"]),
+    ("trainer.resume_from_path=/c", [], "is not resume_path", ["trainer.resume_mode=resume_path"]),
+    ("trainer.ray_wait_register_center_timeout=9", [], "launcher is not ray", ["trainer.launcher=ray"]),
+    ("actor_rollout_ref.model.use_remove_padding=True", ["trainer.device=cpu"], "padded to their longest", None),
+    (f"{ACTOR}.megatron.optimizer_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=cuda"]),
+    ("critic.megatron.param_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=auto"]),
+    (f"{ROLLOUT}.enforce_eager=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),
+    (f"{ROLLOUT}.free_cache_engine=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),
+]
+
+
+@pytest.mark.parametrize(("setting", "around", "reason", "remedy"), CASES)
+def test_a_setting_without_effect_is_reported_until_it_acts(setting, around, reason, remedy):
+    key = find_leaf(setting.lstrip("+").partition("=")[0])
+    (line,) = [line for line in report(*around, setting) if f"{key}=" in line]
+    assert " does not act: " in line
+    assert reason in line
+    if remedy is not None:
+        assert not [line for line in report(*around, setting, *remedy) if f"{key}=" in line.partition(" does not")[0]]
+
+
+def test_a_default_that_does_not_act_is_reported_only_when_the_user_names_it():
+    assert find_inert_settings(load_config([])) == []
+    assert find_inert_settings(load_config(["algorithm.kl_ctrl.kl_coef=0.001"])) == []
+    assert len(find_inert_settings(load_config(["algorithm.kl_ctrl.kl_coef=0.002"]))) == 1
+
+
+def test_an_inherited_value_is_not_reported_as_the_users():
+    actor = [f"{ACTOR}.megatron.tensor_model_parallel_size=2", f"{ACTOR}.loss_scale_factor=100"]
+    lines = report(*actor, f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", "critic.loss_agg_mode=token-mean")
+    assert lines == []
+
+
+def test_a_clip_ratio_that_one_side_follows_acts():
+    assert report(f"{ACTOR}.clip_ratio=0.3", f"{ACTOR}.clip_ratio_high=0.4") == []
+
+
+def test_the_demo_sets_nothing_that_does_not_act():
+    assert find_inert_settings(load_config([], "demo")) == []
+
+
+def test_settings_for_gpus_can_be_asked_for_once_the_device_is_known():
+    config = load_config(["critic.megatron.grad_offload=True"])
+    assert find_inert_settings(config) == []
+    lines = find_inert_on_cpu(config)
+    assert any(line.startswith("critic.megatron.grad_offload=True does not act") for line in lines)
+    assert sum("use_remove_padding" in line for line in lines) == 2

@@ -1,0 +1,127 @@
+"""The schema: one source of defaults with the YAML files, contradictions refused, the key table up to date."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mrl.config.actor import ActorConfig
+from mrl.config.algorithm import KLCtrlConfig
+from mrl.config.build import config_to_dict
+from mrl.config.docs import field_docs, render_key_table
+from mrl.config.errors import ConfigError
+from mrl.config.keys import flatten, iterate_keys
+from mrl.config.load import compose_values, load_config
+from mrl.config.schema import PPOConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_yaml_files_hold_every_key_of_the_schema_with_its_default():
+    schema = flatten(PPOConfig())
+    assert sorted(_leaves(compose_values("ppo_megatron_trainer"), set(schema))) == sorted(schema)
+    assert flatten(load_config([])) == schema
+
+
+def _leaves(values, schema_keys, prefix=""):
+    for name, value in values.items():
+        key = prefix + name
+        if key not in schema_keys and isinstance(value, dict):
+            yield from _leaves(value, schema_keys, f"{key}.")
+        else:
+            yield key
+
+
+def test_every_field_has_a_docstring_of_its_own_or_inherited():
+    undocumented = [key for key, section, name, _ in iterate_keys() if not field_docs(section).get(name)]
+    assert undocumented == []
+
+
+def test_the_key_table_is_up_to_date():
+    assert (ROOT / "docs" / "config.md").read_text() == render_key_table(), (
+        "run python -m mrl.config.docs docs/config.md"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.train_batch_size=32", r"ppo_mini_batch_size = 256 is larger than data\.train_batch_size = 32"),
+        ("data.train_batch_size=300", r"ppo_mini_batch_size = 256 does not divide data\.train_batch_size = 300"),
+        ("critic.ppo_mini_batch_size=300", r"critic\.ppo_mini_batch_size = 300 does not divide"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", r"= 3 does not divide a mini-batch of 256 samples"),
+        ("critic.ppo_micro_batch_size=3", r"critic\.ppo_micro_batch_size = 3 does not divide a mini-batch"),
+        (
+            "critic.ppo_micro_batch_size=4 critic.ppo_micro_batch_size_per_gpu=4",
+            r"critic\.ppo_micro_batch_size_per_gpu = 4 and ppo_micro_batch_size = 4 are both set",
+        ),
+        (
+            "actor_rollout_ref.ref.log_prob_micro_batch_size=4 "
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+            r"ref\.log_prob_micro_batch_size_per_gpu = 4 and log_prob_micro_batch_size = 4 are both set",
+        ),
+        ("actor_rollout_ref.rollout.response_length=9", r"response_length = 9 and data\.max_response_length = 512"),
+        ("actor_rollout_ref.rollout.num_engines=5", r"5 engine\(s\) of tensor_model_parallel_size = 2 need 10 ranks"),
+        ("trainer.n_gpus_per_node=1", r"need 2 ranks, but trainer\.nnodes x trainer\.n_gpus_per_node = 1"),
+        ("data.val_files=[]", r"data\.val_files is empty, but the run validates"),
+        ("data.train_files=[]", r"data\.train_files is empty"),
+        ("trainer.launcher=local trainer.nnodes=2", r"trainer\.launcher = local .* nnodes = 2"),
+        ("trainer.resume_mode=resume_path", r"trainer\.resume_mode = resume_path needs resume_from_path"),
+        ("trainer.critic_warmup=5 trainer.total_training_steps=5", r"critic_warmup = 5 leaves no step for the actor"),
+        ("critic.optim.min_lr=1", r"critic\.optim\.min_lr = 1\.0 is above lr = 1e-05"),
+        ("critic.optim.betas=[0.9,1.0]", r"critic\.optim\.betas = \[0\.9, 1\.0\] must lie in"),
+        ("actor_rollout_ref.rollout.temperature=0", r"rollout\.temperature = 0\.0 must be greater than 0"),
+        ("actor_rollout_ref.rollout.top_p=0", r"rollout\.top_p = 0\.0 must lie in"),
+        ("actor_rollout_ref.rollout.val_kwargs.top_k=0", r"val_kwargs\.top_k = 0 must be at least 1, or -1"),
+        ("actor_rollout_ref.rollout.val_kwargs.n=2", r"val_kwargs\.n = 2 greedy responses are all the same"),
+        ("actor_rollout_ref.rollout.gpu_memory_utilization=8", r"gpu_memory_utilization = 8\.0 must lie in \[0, 1\]"),
+        ("actor_rollout_ref.actor.clip_ratio_c=1", r"actor\.clip_ratio_c = 1\.0 must be greater than 1"),
+        ("algorithm.lam=1.5", r"algorithm\.lam = 1\.5 must lie in \[0, 1\]"),
+        ("critic.megatron.tensor_model_parallel_size=0", r"critic\.megatron\.tensor_model_parallel_size = 0 must be"),
+        ("data.train_max_samples=0", r"data\.train_max_samples = 0 must be at least 1, or -1"),
+        ("reward.timeout_s=0", r"reward\.timeout_s = 0\.0 must be greater than 0"),
+        (
+            "critic.megatron.override_transformer_config.recompute_granularity=full",
+            r"critic\.megatron\.override_transformer_config\.recompute_granularity = 'full' needs",
+        ),
+        (
+            "critic.megatron.override_transformer_config.recompute_num_layers=2",
+            r"recompute_num_layers = 2 act only with .*recompute_granularity = 'full'",
+        ),
+    ],
+)
+def test_a_contradiction_is_refused_with_its_numbers(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides.split(" "))
+
+
+def test_several_samples_per_prompt_widen_the_mini_batch():
+    config = load_config(["actor_rollout_ref.rollout.n=3", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3"])
+    assert config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu == 3
+
+
+def test_sections_check_themselves_when_built_in_code():
+    assert KLCtrlConfig(kl_coef=1).kl_coef == 1.0
+    with pytest.raises(ConfigError, match="type = 'adaptve' must be one of 'fixed', 'adaptive'"):
+        KLCtrlConfig(type="adaptve")
+    with pytest.raises(ConfigError, match="ppo_epochs = 0 must be at least 1"):
+        ActorConfig(ppo_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], False),
+        (["algorithm.use_kl_in_reward=True"], True),
+        (["actor_rollout_ref.actor.use_kl_loss=True"], True),
+    ],
+)
+def test_a_reference_is_needed_for_a_kl_term_only(overrides, needed):
+    assert load_config(overrides).needs_reference is needed
+
+
+def test_resolved_values_are_plain_once_more_for_other_libraries():
+    config = load_config(["+actor_rollout_ref.rollout.engine_kwargs.sglang.cuda_graph_bs=[1,2]"])
+    plain = config_to_dict(config)
+    assert plain["actor_rollout_ref"]["rollout"]["engine_kwargs"]["sglang"] == {"cuda_graph_bs": [1, 2]}
+    assert json.loads(json.dumps(plain)) == plain
