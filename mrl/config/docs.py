@@ -10,16 +10,16 @@ from functools import cache
 from pathlib import Path
 
 from mrl.config.frozen import thaw
-from mrl.config.keys import flatten, iterate_keys
-from mrl.config.schema import PPOConfig
+from mrl.config.keys import default_values, iterate_keys
 from mrl.config.section import describe
 
 _INTRODUCTION = """# Configuration keys
 
 `python -m mrl.trainer.main_ppo key=value ...` starts from `configs/ppo_megatron_trainer.yaml`; `key=value` overrides
 a key, `+key=value` and `++key=value` mean the same. Keys inside a mapping may be new, all others must be in this
-table. A setting that would have no effect is reported when the configuration loads. A model or data key described
-as another's "unless set" follows it.
+table.
+A setting that would have no effect is reported when the configuration loads. Where a meaning ends with "unless set",
+the default follows the key that it names.
 
 Generated from `mrl/config` by `python -m mrl.config.docs docs/config.md`.
 """
@@ -27,7 +27,7 @@ Generated from `mrl/config` by `python -m mrl.config.docs docs/config.md`.
 
 def render_key_table() -> str:
     """All keys with type, default and meaning, as markdown with one table per section."""
-    defaults = flatten(PPOConfig())
+    defaults = default_values()
     lines, current = [_INTRODUCTION], ""
     for key, section, name, hint in iterate_keys():
         path = key.rpartition(".")[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mrl.config.actor import ActorConfig
 from mrl.config.critic import CriticConfig
-from mrl.config.keys import flatten
+from mrl.config.keys import default_values, flatten
 from mrl.config.optim import OptimConfig
 from mrl.config.schema import PPOConfig
 
@@ -44,7 +44,7 @@ def find_inert_on_cpu(config: PPOConfig, *, set_keys: Collection[str] = ()) -> l
 
 
 def _apply(rules: Iterable[_Rule], config: PPOConfig, set_keys: Collection[str]) -> list[str]:
-    values, defaults = flatten(config), flatten(PPOConfig())
+    values, defaults = flatten(config), default_values()
     changed = {key for key, value in values.items() if value != defaults[key]}
     lines = []
     for rule in rules:

@@ -53,6 +53,12 @@ def flatten(config: Section, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+@cache
+def default_values() -> Mapping[str, Any]:
+    """The schema's default of every leaf key, by its path."""
+    return flatten(PPOConfig())
+
+
 def suggest_keys(unknown: str, limit: int = 3) -> list[str]:
     """The known key paths nearest to `unknown`: like it as a whole, or with the same or a similar last part."""
     known = [*leaf_keys(), *sorted({leaf.rsplit(".", 1)[0] for leaf in leaf_keys()})]

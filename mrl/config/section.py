@@ -27,10 +27,16 @@ class Section:
         """Raise ConfigError where values contradict each other or their meaning; each section has its own."""
 
 
-def field_types(section: type) -> dict[str, Any]:
+def field_types(section: type) -> Mapping[str, Any]:
     """Resolved type of each field of a section, in the order of declaration."""
-    hints = get_type_hints(section)
-    return {field.name: hints[field.name] for field in fields(section)}
+    if section not in _field_types:
+        hints = get_type_hints(section)
+        _field_types[section] = {field.name: hints[field.name] for field in fields(section)}
+    return _field_types[section]
+
+
+_field_types: dict[type, Mapping[str, Any]] = {}
+"""Resolving a type compiles its text, too slow to repeat for every section that is built."""
 
 
 def is_section(hint: Any) -> bool:
