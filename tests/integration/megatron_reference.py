@@ -33,14 +33,21 @@ HIDDEN, FFN, HEADS, LAYERS = 128, 192, 8, 8
 
 
 def save_tiny_model(
-    path: Path, family: str, *, vocab_size: int, kv_heads: int, tied: bool = False, sharded: bool = False
+    path: Path,
+    family: str,
+    *,
+    vocab_size: int,
+    kv_heads: int,
+    tied: bool = False,
+    sharded: bool = False,
+    hidden_size: int = HIDDEN,
 ) -> str:
     """A random model with non-trivial biases and norms, saved as a Hugging Face folder."""
     configs = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
     torch.manual_seed(5)
     config = configs[family](
         vocab_size=vocab_size,
-        hidden_size=HIDDEN,
+        hidden_size=hidden_size,
         intermediate_size=FFN,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
