@@ -1,0 +1,114 @@
+"""Parts of the Megatron backend that need no ranks: micro-batch plans, metrics, random states, Adam."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrl.backends.megatron.adam import FusedAdam
+from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
+from mrl.backends.megatron.microbatches import plan_micro_batches
+from mrl.backends.megatron.model import padded_vocab_size
+from mrl.backends.megatron.role_state import RoleState
+from mrl.types import Metric
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    dp_size=st.integers(1, 5),
+    micro_batch_size=st.integers(1, 6),
+    count_multiple=st.integers(1, 4),
+)
+def test_plans_hold_every_sample_once_in_equally_many_micro_batches(
+    lengths, dp_size, micro_batch_size, count_multiple
+) -> None:
+    plan = plan_micro_batches(
+        lengths, dp_size=dp_size, micro_batch_size=micro_batch_size, count_multiple=count_multiple
+    )
+    micro_batches = list(itertools.chain.from_iterable(plan))
+    assert sorted(itertools.chain.from_iterable(micro_batches)) == list(range(len(lengths)))
+    assert len(plan) == dp_size
+    assert len({len(share) for share in plan}) == 1
+    assert len(plan[0]) % count_multiple == 0
+    # Never more than needed: one fewer, or one multiple fewer, would not hold all samples.
+    assert (len(plan[0]) - count_multiple) * dp_size * micro_batch_size < len(lengths)
+    assert max(map(len, micro_batches)) <= micro_batch_size
+
+
+def test_plans_balance_tokens_and_group_like_lengths() -> None:
+    plan = plan_micro_batches([8, 1, 7, 2, 6, 3, 5, 4], dp_size=2, micro_batch_size=2)
+    # In order of length: (8, 7), (6, 5), (4, 3), (2, 1), padded to 16, 12, 8 and 4 tokens; 16 + 4 and 12 + 8 balance.
+    assert plan == [[[0, 2], [3, 1]], [[4, 6], [7, 5]]]
+
+
+def test_few_samples_are_spread_over_ranks() -> None:
+    plan = plan_micro_batches([5, 5], dp_size=2, micro_batch_size=8)
+    assert plan == [[[0]], [[1]]]
+
+
+def test_plans_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="a batch of 0 samples"):
+        plan_micro_batches([], dp_size=1, micro_batch_size=1)
+    with pytest.raises(ValueError, match="micro_batch_size = 0"):
+        plan_micro_batches([3], dp_size=1, micro_batch_size=0)
+
+
+def test_metrics_combine_as_declared_over_micro_batches_and_ranks() -> None:
+    def metrics(loss: float, low: float, high: float) -> dict[str, Metric]:
+        numbers = {"loss": (loss, "sum"), "low": (low, "min"), "high": (high, "max")}
+        return {name: Metric(torch.tensor(value), how) for name, (value, how) in numbers.items()}
+
+    first = reduce_micro_batches([metrics(0.5, 2.0, 3.0), {}, metrics(0.25, -1.0, 7.0)])
+    second = reduce_micro_batches([metrics(1.0, 0.0, 8.0)])
+    assert merge_ranks([first, {}, second]) == {"loss": 1.75, "low": -1.0, "high": 8.0}
+
+
+def test_metrics_declared_in_two_ways_are_refused() -> None:
+    with pytest.raises(ValueError, match="metric a is declared to be reduced by sum and by max"):
+        reduce_micro_batches([{"a": Metric(torch.tensor(1.0))}, {"a": Metric(torch.tensor(1.0), "max")}])
+
+
+def test_random_draws_of_a_role_are_its_own() -> None:
+    def draw(state: RoleState) -> float:
+        with state:
+            return torch.rand(()).item()
+
+    torch.manual_seed(0)
+    alone = RoleState()
+    expected = [draw(alone) for _ in range(3)]
+    torch.manual_seed(0)
+    one, other = RoleState(), RoleState()
+    outside = torch.get_rng_state()
+    drawn = []
+    for _ in range(3):
+        drawn.append(draw(one))
+        draw(other)
+    assert drawn == expected
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+@pytest.mark.parametrize(("size", "tp", "padded"), [(250, 2, 250), (250, 4, 252), (1, 8, 8)])
+def test_vocabulary_is_padded_to_a_multiple_of_tp(size, tp, padded) -> None:
+    assert padded_vocab_size(size, tp) == padded
+
+
+@pytest.mark.parametrize(("decoupled", "torch_class"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
+def test_adam_equals_torch_and_counts_steps_in_the_group(decoupled, torch_class) -> None:
+    ours = [torch.nn.Parameter(torch.linspace(-1, 1, 6)), torch.nn.Parameter(torch.ones(2, 2))]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    adam, reference = FusedAdam(ours, adam_w_mode=decoupled, **settings), torch_class(theirs, **settings)
+    for step in range(1, 4):
+        for parameter, twin in zip(ours, theirs, strict=True):
+            parameter.grad = torch.cos(parameter.detach() * step)
+            twin.grad = parameter.grad.clone()
+        adam.step()
+        reference.step()
+        # Same formulas in float32, in another order.
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        assert adam.param_groups[0]["step"] == step
+        assert all("step" not in adam.state[parameter] for parameter in ours)
