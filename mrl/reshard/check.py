@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute import Puller, open_sources
-from mrl.reshard.families import spec_from_config, tensor_shapes
+from mrl.reshard.families import expected_megatron_shape, expected_sglang_shape, spec_from_config, tensor_shapes
 from mrl.reshard.layout import targets_of
 from mrl.reshard.plan import Plan, build_plan
 from mrl.reshard.spec import ModelSpec
@@ -79,6 +79,7 @@ def run_check(
         ReshardError: the checksum of a pull differs.
     """
     spec = spec_from_config(config)
+    _check_layouts(spec, layout, rollout_tp)
     _check_memory(spec, layout, rollout_tp, _DTYPES[dtype].itemsize)
     state = distinct_state(spec, _DTYPES[dtype])
     multiple = vocab_multiple * layout.tp
@@ -126,11 +127,11 @@ def _check_rank(
         params=len(params),
         plan_s=plan_s,
         pull_s=result.seconds,
-        differing=_differing(model, expected),
+        differing=differing_parameters(model, expected),
     )
 
 
-def _differing(model: nn.Module, expected: nn.Module) -> tuple[str, ...]:
+def differing_parameters(model: nn.Module, expected: nn.Module) -> tuple[str, ...]:
     """Names of parameters whose bytes differ; NaN equals only the same NaN."""
     wanted = dict(expected.named_parameters())
     return tuple(
@@ -138,6 +139,15 @@ def _differing(model: nn.Module, expected: nn.Module) -> tuple[str, ...]:
         for name, param in model.named_parameters()
         if not torch.equal(param.detach().view(torch.uint8), wanted[name].detach().view(torch.uint8))
     )
+
+
+def _check_layouts(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int) -> None:
+    """ValueError with the sizes if a layout does not divide the model, before SGLang is imported."""
+    layout.layers_of(spec.num_hidden_layers, 0)
+    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"):
+        expected_megatron_shape(spec, f"decoder.layers.0.{name}.weight", tp_size=layout.tp)
+    for name in ("embed_tokens", "layers.0.self_attn.qkv_proj", "layers.0.mlp.gate_up_proj"):
+        expected_sglang_shape(spec, f"model.{name}.weight", tp_size=rollout_tp)
 
 
 def _check_memory(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int, itemsize: int) -> None:
@@ -159,9 +169,8 @@ def parse_axes(text: str, allowed: Sequence[str]) -> dict[str, int]:
     for item in text.split(","):
         axis, _, value = item.strip().partition("=")
         if axis not in allowed or axis in axes or not value.isdecimal() or int(value) < 1:
-            raise ValueError(
-                f"{item!r} in {text!r} is not one axis of {', '.join(allowed)} with a positive size (tp=2)"
-            )
+            known = ", ".join(allowed)
+            raise ValueError(f"{item!r} in {text!r} is not one of the axes {known} with a size, as in tp=2")
         axes[axis] = int(value)
     return axes
 
@@ -196,7 +205,7 @@ def render(report: CheckReport, console: Console) -> None:
     console.print(table)
     if report.ok:
         console.print(
-            "Every destination byte is written exactly once, every checksum agrees, every parameter is equal."
+            "Every destination byte is written exactly once, every checksum agrees, every parameter is bitwise equal."
         )
     for rank in report.ranks:
         for name in rank.differing:

@@ -135,7 +135,7 @@ def sglang_shard(
         return rows(heads.repeat_interleave(replicas, dim=0)).flatten(0, 1)
 
     def columns(tensor: Tensor) -> Tensor:
-        return tensor.chunk(tp_size, dim=1)[tp_rank]
+        return tensor.chunk(tp_size, dim=1)[tp_rank].contiguous()
 
     shard = {
         "model.embed_tokens.weight": rows(_padded(state["model.embed_tokens.weight"], padded_vocab_size)),

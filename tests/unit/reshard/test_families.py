@@ -1,0 +1,204 @@
+"""The layout tables against hand-worked boxes and against cat, reshape and chunk; config fields that are refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reshard_cases import bitwise_equal, layouts, make_spec, padded, specs
+
+from mrl.reshard.families import (
+    expected_megatron_shape,
+    expected_sglang_shape,
+    megatron_pieces,
+    sglang_pieces,
+    spec_from_config,
+    tensor_shapes,
+)
+from mrl.reshard.layout import Piece
+from mrl.reshard.reference import megatron_shard, sglang_shard
+from mrl.reshard.synthetic import distinct_state
+
+CONFIG = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e6,
+}
+
+
+def assemble(pieces, state, shape):
+    """A local parameter from its boxes; rows that no box covers stay zero."""
+    out = torch.zeros(shape, dtype=state["model.norm.weight"].dtype)
+    flat = out.view(shape[0], -1)
+    for piece in pieces:
+        source = state[piece.tensor]
+        box = source.view(source.shape[0], -1)[piece.row :, piece.col :][: piece.rows, : piece.cols]
+        flat[piece.local_row :, piece.local_col :][: piece.rows, : piece.cols] = box
+    return out
+
+
+def test_megatron_qkv_is_cut_through_a_query_group_when_ranks_outnumber_kv_heads():
+    # 2 groups of [4 q heads, k, v] x 8 rows = 96 rows; rank 3 of 4 has rows 72 to 95: the last q head, k and v.
+    spec = make_spec(hidden_size=64, num_key_value_heads=2, head_dim=8)
+    prefix = "model.layers.1.self_attn."
+    assert megatron_pieces(
+        spec, "decoder.layers.1.self_attention.linear_qkv.weight", (24, 64), tp_rank=3, tp_size=4
+    ) == [
+        Piece(prefix + "q_proj.weight", 56, 0, 8, 64, 0, 0),
+        Piece(prefix + "k_proj.weight", 8, 0, 8, 64, 8, 0),
+        Piece(prefix + "v_proj.weight", 8, 0, 8, 64, 16, 0),
+    ]
+
+
+def test_sglang_replicates_kv_heads_on_consecutive_ranks():
+    spec = make_spec(num_key_value_heads=2, head_dim=8)
+    name = "model.layers.0.self_attn.qkv_proj.bias"
+    k_rows = [sglang_pieces(spec, name, (32,), tp_rank=rank, tp_size=4)[1] for rank in range(4)]
+    assert [(piece.row, piece.rows, piece.local_row) for piece in k_rows] == [
+        (0, 8, 16),
+        (0, 8, 16),
+        (8, 8, 16),
+        (8, 8, 16),
+    ]
+
+
+def test_padded_vocabulary_rows_are_in_no_piece():
+    spec = make_spec(vocab_size=50)
+    pieces = megatron_pieces(spec, "embedding.word_embeddings.weight", (16, 8), tp_rank=3, tp_size=4)
+    assert pieces == [Piece("model.embed_tokens.weight", 48, 0, 2, 8, 0, 0)]
+    assert sglang_pieces(spec, "lm_head.weight", (64, 8), tp_rank=1, tp_size=2) == []
+
+
+def test_a_tied_output_layer_is_the_embedding_on_both_sides():
+    spec = make_spec(tie_word_embeddings=True)
+    megatron = megatron_pieces(spec, "output_layer.weight", (50, 8), tp_rank=0, tp_size=1)
+    assert [piece.tensor for piece in megatron] == ["model.embed_tokens.weight"]
+    assert sglang_pieces(spec, "lm_head.weight", (50, 8), tp_rank=0, tp_size=1) == megatron
+    assert "lm_head.weight" not in tensor_shapes(spec)
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain"),
+    [("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm")],
+)
+def test_transformer_engine_norms_are_the_plain_norms(fused, plain):
+    spec = make_spec()
+    assert megatron_pieces(
+        spec, f"decoder.layers.2.{fused}.layer_norm_weight", (8,), tp_rank=0, tp_size=2
+    ) == megatron_pieces(spec, f"decoder.layers.2.{plain}.weight", (8,), tp_rank=1, tp_size=2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(spec=specs, layout=layouts(), multiple=st.sampled_from([1, 8]))
+def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
+    state = distinct_state(spec, torch.float32)
+    rows = padded(spec.vocab_size, multiple * layout.tp)
+    for tp_rank in range(layout.tp):
+        shard = megatron_shard(
+            state,
+            spec,
+            tp_rank=tp_rank,
+            tp_size=layout.tp,
+            layers=range(spec.num_hidden_layers),
+            pre_process=True,
+            post_process=True,
+            padded_vocab_size=rows,
+        )
+        for name, tensor in shard.items():
+            assert expected_megatron_shape(spec, name, tp_size=layout.tp, padded_vocab_size=rows) == tensor.shape
+            pieces = megatron_pieces(spec, name, tensor.shape, tp_rank=tp_rank, tp_size=layout.tp)
+            assert bitwise_equal(assemble(pieces, state, tensor.shape), tensor), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(spec=specs, tp_size=st.sampled_from([1, 2, 4, 8]))
+def test_sglang_tables_agree_with_the_slow_reference(spec, tp_size):
+    state = distinct_state(spec, torch.bfloat16)
+    for tp_rank in range(tp_size):
+        rows = padded(spec.vocab_size, 64)
+        shard = sglang_shard(state, spec, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=rows)
+        for name, tensor in shard.items():
+            assert expected_sglang_shape(spec, name, tp_size=tp_size) == tensor.shape
+            pieces = sglang_pieces(spec, name, tensor.shape, tp_rank=tp_rank, tp_size=tp_size)
+            assert bitwise_equal(assemble(pieces, state, tensor.shape), tensor), name
+
+
+def test_heads_padded_by_the_engine_are_refused_with_the_remedy():
+    # 8 q heads, 2 KV heads at TP4 on CPU: SGLang pads to 16 and 4, so a rank has 4 + 1 + 1 heads instead of 2 + 1 + 1.
+    spec = make_spec(num_key_value_heads=2, head_dim=8)
+    with pytest.raises(ValueError, match=r"shape \(48, 8\).*\(32, 8\).*pads instead of replicating"):
+        sglang_pieces(spec, "model.layers.0.self_attn.qkv_proj.weight", (48, 8), tp_rank=0, tp_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tp_size", "message"),
+    [
+        ("decoder.layers.4.input_layernorm.weight", (8,), 1, "names layer 4, but the model has 4 layers"),
+        ("decoder.layers.0.mlp.router.weight", (8,), 1, "no place in a qwen2 checkpoint"),
+        ("decoder.layers.0.mlp.linear_fc2.weight", (8, 16), 3, "intermediate_size = 16 is not divisible"),
+        ("embedding.word_embeddings.weight", (24, 8), 2, "holds 24 vocabulary rows on each of 2 ranks"),
+        ("decoder.final_layernorm.weight", (9,), 1, r"has shape \(9,\)"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_refused_by_name(name, shape, tp_size, message):
+    with pytest.raises(ValueError, match=message):
+        megatron_pieces(make_spec(), name, shape, tp_rank=0, tp_size=tp_size)
+
+
+def test_a_bias_of_a_family_without_bias_is_refused():
+    spec = make_spec(family="llama", attention_bias=False)
+    with pytest.raises(ValueError, match="llama has no bias"):
+        megatron_pieces(spec, "decoder.layers.0.self_attention.linear_qkv.bias", (32,), tp_rank=0, tp_size=1)
+
+
+def test_both_spellings_of_the_rope_settings_give_one_spec():
+    new = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    spec = spec_from_config(CONFIG)
+    assert spec == spec_from_config(new)
+    assert (spec.rope_theta, spec.head_dim, spec.attention_bias) == (1e6, 8, True)
+
+
+def test_llama_has_no_bias_and_its_kv_heads_default_to_all():
+    config = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "architectures")}
+    spec = spec_from_config({**config, "model_type": "llama", "head_dim": 16})
+    assert (spec.attention_bias, spec.num_key_value_heads, spec.head_dim) == (False, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"model_type": "gpt2"},
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"num_key_value_heads": None},
+        {"num_key_value_heads": 3},
+        {"hidden_size": 0},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_config_that_changes_the_mathematics_is_refused_by_name(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        spec_from_config({**CONFIG, **field})
+
+
+def test_llama_attention_bias_is_refused_because_it_biases_the_output_too():
+    with pytest.raises(ValueError, match="attention_bias"):
+        spec_from_config({**CONFIG, "model_type": "llama", "architectures": None, "attention_bias": True})
+
+
+def test_a_sliding_window_that_no_layer_uses_is_accepted():
+    spec_from_config({**CONFIG, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1})
+    spec_from_config({**CONFIG, "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2})
