@@ -33,14 +33,15 @@ def gae_by_definition(
 
 
 def test_gae_hand_worked_case_steps_over_tool_tokens() -> None:
-    # Trained tokens 1, 2, 5; the tool's tokens 3, 4 carry junk. gamma 0.5, lam 0.5, so 0.25 between steps.
-    rewards = torch.tensor([[9.0, 0.0, 0.0, 9.0, 9.0, 4.0, 9.0]])
-    values = torch.tensor([[7.0, 1.0, 2.0, 7.0, 7.0, 3.0, 7.0]])
-    mask = torch.tensor([[False, True, True, False, False, True, False]])
+    # Trained tokens 1, 2, 5; the tool's tokens 3, 4 carry junk. gamma 0.5, lam 0.5, so 0.25 between steps. The second
+    # sample is trained everywhere.
+    rewards = torch.tensor([[9.0, 0.0, 0.0, 9.0, 9.0, 4.0, 9.0], [0.0] * 7])
+    values = torch.tensor([[7.0, 1.0, 2.0, 7.0, 7.0, 3.0, 7.0], [0.0] * 7])
+    mask = torch.tensor([[False, True, True, False, False, True, False], [True] * 7])
     advantages, returns = compute_gae(rewards, values, mask, gamma=0.5, lam=0.5)
     # token 5: 4 - 3 = 1; token 2: 0.5 * 3 - 2 + 0.25 * 1 = -0.25; token 1: 0.5 * 2 - 1 + 0.25 * -0.25 = -0.0625
-    assert advantages.tolist() == [[0.0, -0.0625, -0.25, 0.0, 0.0, 1.0, 0.0]]
-    assert returns.tolist() == [[0.0, 0.9375, 1.75, 0.0, 0.0, 4.0, 0.0]]
+    assert advantages.tolist() == [[0.0, -0.0625, -0.25, 0.0, 0.0, 1.0, 0.0], [0.0] * 7]
+    assert returns.tolist() == [[0.0, 0.9375, 1.75, 0.0, 0.0, 4.0, 0.0], [0.0] * 7]
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.0, 1.0)])

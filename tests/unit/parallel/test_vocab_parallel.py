@@ -83,6 +83,9 @@ def test_values_and_gradients_equal_log_softmax_over_the_whole_vocabulary(tp_siz
     results = run_on_gloo(work, tp_size)
     log_probs, entropy, gradient = reference(logits, targets, log_prob_weight, entropy_weight)
     for result in results:
+        # Ranks that disagreed in the last bit would compute different losses.
+        assert np.array_equal(result[0], results[0][0])
+        assert np.array_equal(result[1], results[0][1])
         np.testing.assert_allclose(result[0], log_probs, atol=TOLERANCE)
         np.testing.assert_allclose(result[1], entropy, atol=TOLERANCE)
     # The gradient is rounded once to the logits' dtype: half a unit in the last of bfloat16's 8 bits.
