@@ -15,7 +15,7 @@ from torch import Tensor
 from mrl.types import Generation, Metric, Prompt, Sample, SamplingParams, TrainBatch
 
 ModelOutput = Mapping[str, Tensor]
-"""Of one micro-batch, aligned with its tokens: `log_probs` and, if asked for, `entropy`, or `values`; [b, t] float32."""
+"""Of one micro-batch, aligned with its tokens, [b, t] float32: `log_probs` (and `entropy` if asked for) or `values`."""
 
 LossFn = Callable[[ModelOutput, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 """Scalar loss of one micro-batch, already divided by the denominators of its whole mini-batch.
@@ -88,6 +88,9 @@ class EngineError(RuntimeError):
 
 class Rollout(Protocol):
     """All rollout engines of the job. Called by all ranks with the same arguments."""
+
+    metrics: dict[str, float]
+    """`rollout/*` of the last `generate`."""
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """One sample for each prompt, in order, on every rank."""

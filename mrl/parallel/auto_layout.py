@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.spec import ModelSpec
 
 _GIB = 2**30
 
@@ -51,6 +52,21 @@ class ModelShape:
             intermediate_size=intermediate_size,
             vocab_size=vocab_size,
             tied_embeddings=tied_embeddings,
+        )
+
+    @classmethod
+    def of_spec(cls, spec: ModelSpec) -> ModelShape:
+        """The shape of a Hugging Face model."""
+        return cls.of_decoder(
+            num_layers=spec.num_hidden_layers,
+            num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            vocab_size=spec.vocab_size,
+            tied_embeddings=spec.tie_word_embeddings,
+            qkv_bias=spec.attention_bias,
         )
 
     @property

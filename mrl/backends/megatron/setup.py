@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mrl.backends.megatron.buffers import flatten_parameters
-from mrl.backends.megatron.engine import EngineParts, MegatronEngine, Trainer
+from mrl.backends.megatron.engine import EngineParts, MegatronEngine, TrainingParts
 from mrl.backends.megatron.groups import build_groups
 from mrl.backends.megatron.hf_weights import load_hf_weights
 from mrl.backends.megatron.model import ModelChunk, Recompute, build_chunks, transformer_config
@@ -31,7 +30,6 @@ from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.agreement import gather_results
 from mrl.parallel.auto_layout import ModelShape, check_layout
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.families import tensor_shapes
 from mrl.reshard.spec import ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,7 +62,7 @@ class RoleSetup:
             raise ValueError(f"context_parallel_size = {self.layout.cp} is not supported; set it to 1")
         if self.kind == "reference" and self.optimizer is not None:
             raise ValueError("a reference model is not trained; its optimizer must be None")
-        check_layout(self.layout, _model_shape(self.spec))
+        check_layout(self.layout, ModelShape.of_spec(self.spec))
 
 
 def build_engine(setup: RoleSetup) -> MegatronEngine:
@@ -87,8 +85,8 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
         if setup.optimizer is None or not setup.data_parallel.use_distributed_optimizer:
             for chunk in chunks:
                 flatten_parameters(chunk)
-        trainer = _build_trainer(setup, chunks, config, groups) if setup.optimizer else None
-        modules: Sequence[torch.nn.Module] = trainer.modules if trainer else _frozen(chunks)
+        training = _build_training(setup, chunks, config, groups) if setup.optimizer else None
+        modules: Sequence[torch.nn.Module] = training.modules if training else _frozen(chunks)
         schedule = Schedule(modules, config, groups, setup.layout)
     return MegatronEngine(
         EngineParts(
@@ -97,25 +95,12 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             layout=setup.layout,
             chunks=chunks,
             schedule=schedule,
-            trainer=trainer,
+            training=training,
             vocab_size=setup.spec.vocab_size,
             temperature=setup.temperature,
             is_critic=is_critic,
             device=device,
         )
-    )
-
-
-def _model_shape(spec: ModelSpec) -> ModelShape:
-    return ModelShape(
-        num_params=sum(math.prod(shape) for shape in tensor_shapes(spec).values()),
-        num_layers=spec.num_hidden_layers,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        vocab_size=spec.vocab_size,
-        tied_embeddings=spec.tie_word_embeddings,
     )
 
 
@@ -136,9 +121,9 @@ def _load(setup: RoleSetup, chunks: Sequence[ModelChunk], groups: ProcessGroupCo
     )
 
 
-def _build_trainer(
+def _build_training(
     setup: RoleSetup, chunks: Sequence[ModelChunk], config: TransformerConfig, groups: ProcessGroupCollection
-) -> Trainer:
+) -> TrainingParts:
     assert setup.optimizer is not None
     settings = setup.data_parallel
     modules = wrap_data_parallel(chunks, settings, groups)
@@ -150,7 +135,7 @@ def _build_trainer(
     if settings.overlap_grad_reduce:
         no_sync = [module.no_sync for module in modules]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return Trainer(modules=modules, optimizer=optimizer, scheduler=scheduler)
+    return TrainingParts(modules=modules, optimizer=optimizer, scheduler=scheduler)
 
 
 def _finalize_sums(

@@ -26,7 +26,7 @@ def test_a_user_error_is_reported_without_traceback_and_stops_the_others():
         time.sleep(60)
 
     start = time.monotonic()
-    with pytest.raises(RankFailure, match="^batch size 3 does not divide 4$") as caught:
+    with pytest.raises(RankFailure, match=r"^batch size 3 does not divide 4$") as caught:
         run_ranks(main, 3)
     assert caught.value.rank == 1
     assert caught.value.user_error

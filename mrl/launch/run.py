@@ -1,0 +1,111 @@
+"""From a configuration to a finished run, whatever starts the ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from mrl.config.load import save_config
+from mrl.config.schema import PPOConfig
+from mrl.interfaces import EngineError, RewardError
+from mrl.launch.environment import RankEnvironment, detect_launcher, read_environment
+from mrl.launch.fork import RankFailure, run_ranks
+from mrl.observability.console import setup_logging, show_table
+from mrl.observability.report import summarize_run
+from mrl.trainer.inputs import RunInputs, load_inputs
+from mrl.trainer.plan import RunPlan, plan_run
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, EngineError, RewardError)
+"""Errors whose message alone tells a user what to do."""
+
+
+def launch(config: PPOConfig) -> int:
+    """Train as configured and return the exit status."""
+    _prepare_process()
+    try:
+        launcher = detect_launcher(config.trainer.launcher, os.environ)
+        if launcher == "local":
+            return _launch_local(config)
+        return _launch_rank(config, read_environment(launcher, os.environ))
+    except USER_ERRORS as error:
+        logger.error("%s", error)
+        return 1
+
+
+def _prepare_process() -> None:
+    # The ordinary check initialises the driver, after which forked ranks cannot use CUDA.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # Megatron relies on one hardware queue to start communication before the matmul it overlaps with.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # The engines' own remarks, once per rank, on things that no user of this package can change.
+    for package in ("megatron", "sglang", "torchao", "transformers", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{package}\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+
+
+def _launch_local(config: PPOConfig) -> int:
+    start = time.perf_counter()
+    plan = plan_run(config)
+    inputs = load_inputs(config, plan)
+    show_table("PPO", plan.rows())
+    _prepare_run_dir(config, plan.run_dir)
+    logger.info("importing Megatron and SGLang once, then forking %d ranks", plan.world_size)
+    rank_main = _preload(config, plan, inputs)
+    try:
+        run_ranks(rank_main, plan.world_size, user_errors=USER_ERRORS)
+    except RankFailure as failure:
+        logger.error("rank %d: %s", failure.rank, failure)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; all ranks are stopped, %s keeps what was written", plan.run_dir)
+        return 130
+    show_table("Result", summarize_run(plan.run_dir, wall_s=time.perf_counter() - start))
+    return 0
+
+
+def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
+    setup_logging(rank=env.rank)
+    if env.world_size != config.trainer.world_size:
+        raise ValueError(
+            f"the launcher started {env.world_size} ranks, but trainer.nnodes x trainer.n_gpus_per_node = "
+            f"{config.trainer.world_size}; make them equal"
+        )
+    plan = plan_run(config)
+    inputs = load_inputs(config, plan)
+    if env.rank == 0:
+        show_table("PPO", plan.rows())
+        _prepare_run_dir(config, plan.run_dir)
+    _preload(config, plan, inputs)(env)
+    if env.rank == 0:
+        show_table("Result", summarize_run(plan.run_dir))
+    return 0
+
+
+def _preload(config: PPOConfig, plan: RunPlan, inputs: RunInputs) -> Callable[[RankEnvironment], None]:
+    """Import everything a rank needs. Megatron first: SGLang's imports pull it in unprepared for a CPU."""
+    from mrl.backends.megatron.preload import preload_megatron
+
+    preload_megatron()
+    from mrl.backends.sglang.preload import preload_sglang
+
+    preload_sglang()
+    from mrl.trainer.build import run_rank
+
+    return partial(run_rank, config, plan, inputs)
+
+
+def _prepare_run_dir(config: PPOConfig, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        older = run_dir / time.strftime("metrics.until-%Y%m%d-%H%M%S.jsonl")
+        metrics.rename(older)
+        logger.info("metrics of an earlier run are kept as %s", older)
+    save_config(config, run_dir / "config.yaml")

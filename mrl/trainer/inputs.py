@@ -1,0 +1,73 @@
+"""Tokenizer and prompts of a run, read once in the launching process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mrl.config.schema import PPOConfig
+from mrl.data.dataset import PromptDataset, load_prompts
+from mrl.data.loader import PromptLoader
+from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
+from mrl.trainer.plan import RunPlan
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunInputs:
+    """What ranks inherit from the process that forks them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    train: PromptDataset
+    val: PromptDataset | None
+
+    def prompt_loader(self, config: PPOConfig) -> PromptLoader:
+        """Training prompts in the configured order.
+
+        Raises:
+            ValueError: fewer prompts than data.train_batch_size.
+        """
+        data = config.data
+        seed = config.trainer.seed if data.seed is None else data.seed
+        return PromptLoader(self.train, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed)
+
+
+def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
+    """Tokenizer and prompts.
+
+    Raises:
+        ValueError: files that are missing, empty or of the wrong form, or no prompt that fits.
+    """
+    # Ranks are forked from this process; the tokenizer's thread pool would not survive that.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    folder = config.actor_rollout_ref.model.tokenizer_path or plan.actor.model_path
+    tokenizer = load_tokenizer(folder)
+    return RunInputs(
+        tokenizer=tokenizer,
+        eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
+        train=_load(config, plan.train_files, tokenizer, config.data.train_max_samples),
+        val=_load(config, plan.val_files, tokenizer, config.data.val_max_samples) if plan.val_files else None,
+    )
+
+
+def count_steps(config: PPOConfig, loader: PromptLoader) -> int:
+    """PPO steps of the run."""
+    return config.trainer.total_training_steps or config.trainer.total_epochs * loader.batches_per_epoch
+
+
+def _load(
+    config: PPOConfig, files: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_samples: int
+) -> PromptDataset:
+    data = config.data
+    return load_prompts(
+        files,
+        tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        prompt_key=data.prompt_key,
+        filter_overlong_prompts=data.filter_overlong_prompts,
+        truncation=data.truncation,
+        max_samples=max_samples,
+        apply_chat_template_kwargs=data.apply_chat_template_kwargs,
+    )

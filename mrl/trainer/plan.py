@@ -1,0 +1,222 @@
+"""What a configuration means for one job: paths, layouts and sizes, checked before anything starts.
+
+Pure: no process group, no engine, no device memory. The launcher runs it once, so that bad input ends the job with one
+message before a rank exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
+from mrl.config.schema import PPOConfig
+from mrl.data.embedded import resolve_embedded
+from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout, choose_layout
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.spec import ModelSpec, load_spec
+
+Device = Literal["cpu", "cuda"]
+
+# Shares of a rank's memory that an automatic layout may fill with a role's weights, gradients and optimizer state.
+_TRAINED_SHARE = 0.35
+_OFFLOADED_SHARE = 0.7
+"""With the optimizer offloaded between phases, actor and critic take turns."""
+_REFERENCE_SHARE = 0.1
+
+
+@dataclass(kw_only=True, frozen=True)
+class RolePlan:
+    """One role's model and its layout."""
+
+    model_path: Path
+    spec: ModelSpec
+    layout: ParallelLayout
+
+    def __str__(self) -> str:
+        return f"{self.spec.family}, {ModelShape.of_spec(self.spec).num_params / 1e6:.1f} M parameters, {self.layout}"
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunPlan:
+    """One job, resolved."""
+
+    device: Device
+    world_size: int
+    run_dir: Path
+    actor: RolePlan
+    critic: RolePlan
+    reference: RolePlan | None
+    rollout_tp: int
+    num_engines: int
+    train_files: tuple[str, ...]
+    val_files: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of every line a person wants to see before the run."""
+        return [
+            ("device", f"{self.device}, {self.world_size} ranks"),
+            ("actor", str(self.actor)),
+            ("critic", str(self.critic)),
+            ("reference", str(self.reference) if self.reference else "none: no KL term is configured"),
+            ("rollout", f"{self.num_engines} x SGLang at TP{self.rollout_tp}"),
+            ("files", str(self.run_dir)),
+        ]
+
+
+def plan_run(config: PPOConfig) -> RunPlan:
+    """The job that `config` asks for.
+
+    Raises:
+        ValueError: a path that does not exist, a layout or size that does not fit; says what to change.
+    """
+    device = choose_device(config.trainer.device)
+    run_dir = Path(config.trainer.default_local_dir).expanduser().absolute()
+    shared = config.actor_rollout_ref
+    files = _Files(run_dir / "embedded")
+    actor_path = files.model(shared.model.path)
+    actor = _plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, device, trained=True)
+    critic_path = files.model(config.critic.model.path)
+    critic = _plan_role(config, "critic", config.critic.megatron, critic_path, device, trained=True)
+    reference = None
+    if needs_reference(config):
+        reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
+    _check_lengths(config, actor.spec, critic.spec)
+    return RunPlan(
+        device=device,
+        world_size=config.trainer.world_size,
+        run_dir=run_dir,
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        rollout_tp=shared.rollout.tensor_model_parallel_size,
+        num_engines=_count_engines(config, actor.spec, device),
+        train_files=files.data(config.data.train_files),
+        val_files=files.data(config.data.val_files) if config.trainer.validates else (),
+    )
+
+
+def choose_device(requested: str) -> Device:
+    """ "cuda" or "cpu"; "auto" takes CUDA where there is any.
+
+    Raises:
+        ValueError: CUDA is asked for and torch sees none.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise ValueError("trainer.device = cuda, but torch finds no CUDA device; set trainer.device=cpu or auto")
+    return "cuda" if available and requested != "cpu" else "cpu"
+
+
+def needs_reference(config: PPOConfig) -> bool:
+    """Whether any KL term is configured."""
+    return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
+
+
+class _Files:
+    """Paths as the user wrote them, made absolute; embedded ones are written to a folder first."""
+
+    def __init__(self, embedded_folder: Path) -> None:
+        self._folder = embedded_folder
+
+    def model(self, path: str) -> Path:
+        folder = Path(resolve_embedded(path, self._folder)).expanduser()
+        if not folder.is_dir():
+            raise ValueError(
+                f"model folder {path} does not exist; give a local folder with config.json, *.safetensors and the "
+                "tokenizer files (`hf download NAME --local-dir DIR` fetches one)"
+            )
+        return folder.absolute()
+
+    def data(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Path(resolve_embedded(path, self._folder)).expanduser().absolute()) for path in paths)
+
+
+def _plan_role(
+    config: PPOConfig, section: str, megatron: MegatronConfig, path: Path, device: Device, *, trained: bool
+) -> RolePlan:
+    spec = load_spec(path)
+    try:
+        layout = _layout(config, megatron, spec, device, trained=trained)
+        check_layout(layout, ModelShape.of_spec(spec))
+    except ValueError as error:
+        raise ValueError(f"{section}.megatron: {error}") from error
+    return RolePlan(model_path=path, spec=spec, layout=layout)
+
+
+def _layout(
+    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, device: Device, *, trained: bool
+) -> ParallelLayout:
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    if tp is None and pp is None:
+        chosen = _automatic_layout(config, megatron, spec, device, trained=trained)
+        tp, pp = chosen.tp, chosen.pp
+    return ParallelLayout(
+        world_size=config.trainer.world_size,
+        tp=tp or 1,
+        pp=pp or 1,
+        vpp=megatron.virtual_pipeline_model_parallel_size,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel and (tp or 1) > 1,
+    )
+
+
+def _automatic_layout(
+    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, device: Device, *, trained: bool
+) -> ParallelLayout:
+    trainer = config.trainer
+    optimizer_offload = isinstance(megatron, TrainableMegatronConfig) and megatron.optimizer_offload
+    share = _REFERENCE_SHARE if not trained else _OFFLOADED_SHARE if optimizer_offload else _TRAINED_SHARE
+    return choose_layout(
+        ModelShape.of_spec(spec),
+        world_size=trainer.world_size,
+        gpus_per_node=trainer.n_gpus_per_node,
+        memory_bytes_per_rank=int(share * memory_per_rank(device, trainer.n_gpus_per_node)),
+        bytes_per_parameter=BytesPerParameter.of(weight=4 if megatron.dtype == "float32" else 2, trained=trained),
+    )
+
+
+def memory_per_rank(device: Device, ranks_per_host: int) -> int:
+    """Bytes a rank may use: its GPU's memory, or its share of the host's. Does not create a CUDA context."""
+    if device == "cpu":
+        return psutil.virtual_memory().total // ranks_per_host
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+
+
+def _check_lengths(config: PPOConfig, actor: ModelSpec, critic: ModelSpec) -> None:
+    needed = config.data.max_prompt_length + config.data.max_response_length
+    for role, spec in (("actor", actor), ("critic", critic)):
+        if needed > spec.max_position_embeddings:
+            raise ValueError(
+                f"data.max_prompt_length + data.max_response_length = {needed} exceeds the {role} model's "
+                f"max_position_embeddings = {spec.max_position_embeddings}; lower one of them"
+            )
+
+
+def _count_engines(config: PPOConfig, actor: ModelSpec, device: Device) -> int:
+    rollout, world_size = config.actor_rollout_ref.rollout, config.trainer.world_size
+    tp, key = rollout.tensor_model_parallel_size, "actor_rollout_ref.rollout.tensor_model_parallel_size"
+    if world_size % tp:
+        raise ValueError(f"{key} = {tp} does not divide the job's {world_size} ranks")
+    if actor.num_attention_heads % tp:
+        raise ValueError(f"{key} = {tp} does not divide the actor's {actor.num_attention_heads} attention heads")
+    if device == "cpu" and actor.num_key_value_heads % tp:
+        raise ValueError(
+            f"{key} = {tp} does not divide the actor's {actor.num_key_value_heads} KV heads; SGLang replicates KV "
+            "heads on GPUs only, so choose a divisor on CPU"
+        )
+    most = world_size // tp
+    num_engines = rollout.num_engines or most
+    if num_engines > most:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.num_engines = {num_engines} at TP{tp} needs {num_engines * tp} ranks; "
+            f"the job has {world_size}"
+        )
+    return num_engines

@@ -1,0 +1,107 @@
+"""From configuration sections to the plain values that the Megatron backend takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mrl.backends.megatron.model import Recompute
+from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
+from mrl.backends.megatron.setup import RoleSetup
+from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
+from mrl.config.optim import OptimConfig
+from mrl.config.schema import PPOConfig
+from mrl.trainer.plan import RolePlan, RunPlan
+
+
+def actor_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
+    """The policy that is trained."""
+    actor = config.actor_rollout_ref.actor
+    return _trained("actor", config, plan, plan.actor, actor.megatron, actor.optim, total_updates)
+
+
+def critic_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
+    """The value function."""
+    critic = config.critic
+    return _trained("critic", config, plan, plan.critic, critic.megatron, critic.optim, total_updates)
+
+
+def reference_setup(config: PPOConfig, plan: RunPlan) -> RoleSetup | None:
+    """The frozen policy, where a KL term needs it."""
+    if plan.reference is None:
+        return None
+    return _setup("reference", config, plan, plan.reference, config.actor_rollout_ref.ref.megatron)
+
+
+def _trained(
+    kind: Literal["actor", "critic"],
+    config: PPOConfig,
+    plan: RunPlan,
+    role: RolePlan,
+    megatron: TrainableMegatronConfig,
+    optim: OptimConfig,
+    total_updates: int,
+) -> RoleSetup:
+    return _setup(
+        kind,
+        config,
+        plan,
+        role,
+        megatron,
+        optimizer=_optimizer(optim, total_updates),
+        data_parallel=DataParallelSettings(
+            use_distributed_optimizer=megatron.use_distributed_optimizer, **megatron.override_ddp_config
+        ),
+    )
+
+
+def _setup(
+    kind: Literal["actor", "critic", "reference"],
+    config: PPOConfig,
+    plan: RunPlan,
+    role: RolePlan,
+    megatron: MegatronConfig,
+    *,
+    optimizer: OptimizerSettings | None = None,
+    data_parallel: DataParallelSettings | None = None,
+) -> RoleSetup:
+    return RoleSetup(
+        kind=kind,
+        model_path=str(role.model_path),
+        spec=role.spec,
+        layout=role.layout,
+        dtype=megatron.dtype,  # type: ignore[arg-type]
+        device=plan.device,
+        seed=megatron.seed,
+        temperature=config.actor_rollout_ref.rollout.temperature,
+        optimizer=optimizer,
+        data_parallel=data_parallel or DataParallelSettings(),
+        recompute=_recompute(megatron),
+    )
+
+
+def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSettings:
+    decay_steps = optim.total_training_steps if optim.total_training_steps > 0 else total_updates
+    warmup = optim.lr_warmup_steps
+    return OptimizerSettings(
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        lr_warmup_steps=warmup if warmup >= 0 else int(optim.lr_warmup_steps_ratio * decay_steps),
+        lr_decay_style=optim.lr_decay_style,
+        lr_decay_steps=decay_steps,
+        min_lr=optim.min_lr,
+        **optim.override_optimizer_config,
+    )
+
+
+def _recompute(megatron: MegatronConfig) -> Recompute:
+    overrides = dict(megatron.override_transformer_config)
+    known = {name: overrides.pop(f"recompute_{name}", None) for name in ("granularity", "method", "num_layers")}
+    modules = tuple(overrides.pop("recompute_modules", None) or ("core_attn",))
+    if overrides:
+        raise ValueError(
+            f"override_transformer_config.{next(iter(overrides))} is not supported; known are recompute_granularity, "
+            "recompute_method, recompute_num_layers and recompute_modules"
+        )
+    return Recompute(**known, modules=modules)

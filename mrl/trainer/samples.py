@@ -1,0 +1,60 @@
+"""Samples of a step as metrics and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mrl.types import Sample
+
+
+def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[str, float]:
+    """Means over samples: reward and its named parts, lengths, share cut at the length limit, weight version."""
+    count = len(samples)
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    lengths = [len(sample.generation.response_ids) for sample in samples]
+    metrics = {
+        "reward/mean": sum(rewards) / count,
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
+        "response/length_mean": sum(lengths) / count,
+        "response/length_max": float(max(lengths)),
+        "response/truncated_fraction": sum(s.generation.finish_reason == "length" for s in samples) / count,
+        "prompt/length_mean": sum(len(sample.prompt.token_ids) for sample in samples) / count,
+        "rollout/weight_version": float(min(sample.generation.weight_version for sample in samples)),
+    }
+    for part in sorted({key for sample in samples for key in sample.reward_info}):
+        values = [sample.reward_info[part] for sample in samples if part in sample.reward_info]
+        metrics[f"reward/{part}"] = sum(values) / len(values)
+    return {prefix + key: value for key, value in metrics.items()}
+
+
+class SampleWriter:
+    """Writes samples of chosen steps to `<folder>/<step>.jsonl`; with no folder it writes nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def write(self, samples: Sequence[Sample], *, step: int) -> None:
+        """One line per sample: prompt, response, reward and what it was compared with."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_row(sample, step), ensure_ascii=False, default=str) for sample in samples]
+        (self._folder / f"{step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(sample: Sample, step: int) -> dict[str, object]:
+    return {
+        "step": step,
+        "uid": sample.prompt.uid,
+        "data_source": sample.prompt.data_source,
+        "messages": sample.prompt.messages,
+        "response": sample.response_text,
+        "ground_truth": sample.prompt.ground_truth,
+        "reward": sample.reward,
+        **{f"reward/{key}": value for key, value in sample.reward_info.items()},
+        "finish_reason": sample.generation.finish_reason,
+        "weight_version": sample.generation.weight_version,
+    }

@@ -1,0 +1,54 @@
+"""Rewards for the samples of all ranks, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mrl.interfaces import RewardFn
+from mrl.parallel.agreement import broadcast_result
+from mrl.rollout.batch import Decoder, decode_responses
+from mrl.types import Sample
+
+
+class Scorer:
+    """Decodes and scores samples on one rank and gives every rank the result."""
+
+    def __init__(self, reward_fn: RewardFn | None, tokenizer: Decoder, *, source_rank: int) -> None:
+        self._reward_fn = reward_fn
+        self._tokenizer = tokenizer
+        self._source_rank = source_rank
+
+    def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with `response_text`, `reward` and `reward_info` set.
+
+        Called by all ranks with the same samples. A RewardError is raised on every rank.
+        """
+        decode_responses(samples, self._tokenizer)
+        scores = broadcast_result(lambda: self._compute(samples), source_rank=self._source_rank)
+        return [
+            replace(sample, reward=reward, reward_info=info)
+            for sample, (reward, info) in zip(samples, scores, strict=True)
+        ]
+
+    def _compute(self, samples: Sequence[Sample]) -> list[tuple[float, dict[str, float]]]:
+        assert self._reward_fn is not None, "the source rank has no reward function"
+        return self._reward_fn(samples)
+
+    def close(self) -> None:
+        """Stop the reward function's workers."""
+        close = getattr(self._reward_fn, "close", None)
+        if close is not None:
+            close()
+
+
+def reward_function(config):
+    from mrl.rewards.rules import compute_score
+
+    def fn(samples):
+        return [
+            (compute_score(s.prompt.data_source, s.response_text, s.prompt.ground_truth, s.prompt.extra_info), {})
+            for s in samples
+        ]
+
+    return fn
