@@ -186,7 +186,7 @@ def test_the_schedule_refuses_what_megatron_gets_wrong(model) -> None:
 
 
 def weights_of(engine: MegatronEngine) -> list[torch.Tensor]:
-    return [p.detach().clone() for chunk in engine._parts.chunks for _, p in chunk.named_parameters()]
+    return [parameter.detach().clone() for _, parameter in engine.named_parameters()]
 
 
 def test_failing_losses_raise_on_every_rank_and_change_nothing(model) -> None:
@@ -217,11 +217,25 @@ def test_failing_losses_raise_on_every_rank_and_change_nothing(model) -> None:
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.parametrize(
+    "data_parallel", [DataParallelSettings(), DataParallelSettings(use_distributed_optimizer=True)]
+)
+def test_gradient_norm_is_reported_with_clipping_off(model, data_parallel) -> None:
+    batch = make_batch(VOCAB, 4, seed=1)
+
+    def first_norm(clip_grad: float) -> float:
+        setup = role(model, 2, data_parallel=data_parallel, optimizer=replace(OPTIMIZER, clip_grad=clip_grad))
+        return build_engine(setup).update(batch, policy_loss(batch), micro_batch_size=2, with_entropy=True)["grad_norm"]
+
+    clipped, free = run_on_ranks(lambda: (first_norm(0.1), first_norm(0.0)), 2)[0]
+    assert clipped == free > 0.1
+
+
 def test_exported_parameters_must_not_move(model) -> None:
     def check() -> None:
         engine = build_engine(role(model, 1))
         assert len(engine.export_weights().buffers) == 1
-        parameter = next(engine._parts.chunks[0].bare.parameters())
+        _, parameter = next(engine.named_parameters())
         parameter.data = parameter.data.clone()
         with pytest.raises(AssertionError, match="were moved"):
             engine.export_weights()

@@ -88,7 +88,7 @@ ACTOR_STEPS = ("log_probs", "policy")
 
 
 def local_weights(engine: MegatronEngine) -> list[torch.Tensor]:
-    return [p.detach().clone() for chunk in engine._parts.chunks for _, p in chunk.named_parameters()]
+    return [parameter.detach().clone() for _, parameter in engine.named_parameters()]
 
 
 def run_alone(engine: MegatronEngine, steps: list[str]) -> tuple[list[Any], list[torch.Tensor]]:

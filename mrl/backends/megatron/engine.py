@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ _RESERVED = ("loss", "grad_norm", "lr")
 
 
 @dataclass(kw_only=True, frozen=True)
-class Trainer:
+class TrainingParts:
     """What a trained role has beyond a model."""
 
     modules: list[DistributedDataParallel]
@@ -49,7 +51,7 @@ class EngineParts:
     layout: ParallelLayout
     chunks: list[ModelChunk]
     schedule: Schedule
-    trainer: Trainer | None
+    training: TrainingParts | None
     vocab_size: int
     """Without padding."""
     temperature: float
@@ -72,6 +74,10 @@ class MegatronEngine:
     def layout(self) -> ParallelLayout:
         """How the ranks of the job factor for this role."""
         return self._parts.layout
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under Megatron's names with the layer's global number."""
+        return chain.from_iterable(chunk.named_parameters() for chunk in self._parts.chunks)
 
     def compute_log_probs(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
         """Log-probs of `batch.tokens` at the sampling temperature. [B, T] float32 on the CPU, on every rank.
@@ -96,15 +102,15 @@ class MegatronEngine:
                 case. Raised on all ranks.
             Exception: whatever `loss_fn` raised on some rank, on all ranks; no step was made.
         """
-        trainer = self._trainer()
+        training = self._training()
         micro_batches = self._micro_batches(mini_batch, micro_batch_size)
         guarded = _GuardedLoss(loss_fn, partial(self._outputs, with_entropy=with_entropy))
         with self._parts.state:
-            _zero_gradients(trainer)
+            _zero_gradients(training)
             contributions = self._parts.schedule.forward_backward(micro_batches, guarded)
             metrics = merge_ranks(gather_results(lambda: self._report(guarded, contributions)))
-            lr = float(trainer.optimizer.param_groups[0]["lr"])
-            grad_norm = _step(trainer)
+            lr = float(training.optimizer.param_groups[0]["lr"])
+            grad_norm = _step(training)
         return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
     def export_weights(self) -> SourceRank:
@@ -121,9 +127,9 @@ class MegatronEngine:
             destroy_groups()
         del self._parts, self._export
 
-    def _trainer(self) -> Trainer:
-        assert self._parts.trainer is not None, "this role was built without an optimizer"
-        return self._parts.trainer
+    def _training(self) -> TrainingParts:
+        assert self._parts.training is not None, "this role was built without an optimizer"
+        return self._parts.training
 
     def _forward(self, batch: TrainBatch, key: str, micro_batch_size: int) -> Tensor:
         parts = self._parts
@@ -178,7 +184,7 @@ class MegatronEngine:
         if guarded.error is not None:
             raise guarded.error
         metrics = reduce_micro_batches(contributions)
-        for module in self._trainer().modules:
+        for module in self._training().modules:
             for buffer in module.buffers:
                 # The largest magnitude is NaN if any element is.
                 if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
@@ -190,9 +196,9 @@ class MegatronEngine:
 
     def _gather_parameters(self) -> None:
         """With overlap_param_gather parameters are stale after a step until the next forward pass asks for them."""
-        if self._parts.trainer is None:
+        if self._parts.training is None:
             return
-        for module in self._parts.trainer.modules:
+        for module in self._parts.training.modules:
             if module.ddp_config.overlap_param_gather:
                 with torch.no_grad():
                     module.start_param_sync(force_sync=True)
@@ -229,17 +235,17 @@ def _on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     return batch.with_fields(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
-def _zero_gradients(trainer: Trainer) -> None:
-    for module in trainer.modules:
+def _zero_gradients(training: TrainingParts) -> None:
+    for module in training.modules:
         module.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
+    training.optimizer.zero_grad()
 
 
-def _step(trainer: Trainer) -> float:
+def _step(training: TrainingParts) -> float:
     """Make the optimizer step and advance the learning rate; returns the gradient norm before clipping."""
-    made, norm, _ = trainer.optimizer.step()
-    grad_norm = float(trainer.optimizer.get_grad_norm() if norm is None else norm)
-    if not made or grad_norm != grad_norm or grad_norm in (float("inf"), -float("inf")):
+    made, norm, _ = training.optimizer.step()
+    grad_norm = float(training.optimizer.get_grad_norm() if norm is None else norm)
+    if not made or not math.isfinite(grad_norm):
         raise FloatingPointError(f"the optimizer step failed: gradient norm {grad_norm}, step made: {made}")
-    trainer.scheduler.step(1)
+    training.scheduler.step(1)
     return grad_norm
