@@ -10,6 +10,7 @@ import argparse
 import json
 import socket
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ class CheckReport:
     layout: ParallelLayout
     rollout_tp: int
     dtype: str
+    padded_vocab_size: int
+    """Vocabulary rows on the trainer's side, over all tensor parallel ranks."""
     ranks: list[RankCheck] = field(default_factory=list)
 
     @property
@@ -87,7 +90,9 @@ def run_check(
     trainer = export_layout(
         spec, state, layout, padded_vocab_size=padded_vocab_size, host=socket.gethostname(), first_device=-1
     )
-    report = CheckReport(spec=spec, layout=layout, rollout_tp=rollout_tp, dtype=dtype)
+    report = CheckReport(
+        spec=spec, layout=layout, rollout_tp=rollout_tp, dtype=dtype, padded_vocab_size=padded_vocab_size
+    )
     for tp_rank in range(rollout_tp):
         report.ranks.append(_check_rank(config, spec, state, trainer, tp_rank=tp_rank, tp_size=rollout_tp))
     return report
@@ -103,7 +108,9 @@ def _check_rank(
     tp_size: int,
 ) -> RankCheck:
     # Imported here: the reshard package runs without SGLang, and importing it takes many seconds.
-    from mrl.backends.sglang.reference_loader import build_engine_model, load_reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mrl.backends.sglang.reference_loader import build_engine_model, load_reference
 
     dtype = next(iter(state.values())).dtype
     model = build_engine_model(config, tp_rank=tp_rank, tp_size=tp_size, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class PullResult:
     """Sum of all words that arrived, modulo 2^64; equal weights under one plan give equal sums."""
 
 
-def open_sources(plan: Plan, sources: list[SourceRank]) -> dict[BufferKey, Tensor]:
+def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, Tensor]:
     """Open the buffers that the plan reads, and no others; ReshardError as `open_buffer`."""
     by_rank = {source.rank: source for source in sources}
     keys = sorted({(op.src_rank, op.src_buffer) for op in plan.copies})
@@ -62,6 +62,7 @@ class Puller:
             raise ValueError(f"buffers {missing} (trainer rank, index) are in the plan but were not opened")
         flat = {name: params[name].detach().view(-1).view(torch.uint8) for name in names}
         self._plan = plan
+        self._places = [(params[name], params[name].data_ptr()) for name in names]
         self._names = [op.dst_param for op in plan.copies]
         self._pairs = [_views(op, buffers[op.src_rank, op.src_buffer], flat[op.dst_param]) for op in plan.copies]
         self._tails = [flat[fill.dst_param].narrow(0, fill.dst_offset, fill.num_bytes) for fill in plan.fills]
@@ -75,8 +76,10 @@ class Puller:
         permutation of words inside one copy is not.
 
         Raises:
-            ReshardError: names the first parameter whose bytes differ from the source's; the weights are unusable.
+            ReshardError: a parameter's memory moved since this puller was made, and nothing was copied; or a
+                parameter's bytes differ from the source's, and the weights are unusable. Names the parameter.
         """
+        self._check_in_place()
         start = time.perf_counter()
         for target, source in self._pairs:
             target.copy_(source)
@@ -92,6 +95,11 @@ class Puller:
             verify_seconds=end - verify_start,
             checksum=checksum,
         )
+
+    def _check_in_place(self) -> None:
+        for target, (param, place) in zip(self._plan.targets, self._places, strict=True):
+            if param.data_ptr() != place:
+                raise ReshardError(f"the engine moved parameter {target.name} since the plan was bound; bind it again")
 
     def _verify(self) -> int:
         # Sums stay on the device until all are done: one transfer on a GPU.

@@ -99,6 +99,18 @@ def test_a_copy_that_is_overwritten_during_the_pull_is_named():
         Puller(plan, open_sources(plan, trainer.sources), params).pull()
 
 
+def test_a_parameter_that_moved_since_is_refused_and_nothing_is_written():
+    state, trainer = state_and_trainer(SPEC, LAYOUT)
+    params = poisoned(engine_params(SPEC, state, tp_rank=0, tp_size=2))
+    plan = plan_for(SPEC, trainer.sources, params, tp_rank=0, tp_size=2)
+    puller = Puller(plan, open_sources(plan, trainer.sources), params)
+    norm = params["model.norm.weight"]
+    norm.data = norm.data.clone()
+    with pytest.raises(ReshardError, match=r"moved parameter model\.norm\.weight"):
+        puller.pull()
+    assert all(bool(param.isnan().all()) for param in params.values())
+
+
 def test_parameters_at_odd_addresses_are_copied_in_narrower_words():
     spec = make_spec(hidden_size=3, intermediate_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=1)
     state, trainer = state_and_trainer(spec, ParallelLayout(world_size=2, tp=2), torch.bfloat16)
