@@ -1,0 +1,19 @@
+"""Operations on raw memory: a whole plan of strided copies in one launch, its checksum, and CUDA IPC.
+
+The work is done by the compiled extension of csrc/ (`mrl.ops.extension` says where it comes from), or by the slower
+`mrl.ops.reference` where none can be had.
+"""
+
+from mrl.ops.cuda_ipc import ipc_close, ipc_export, ipc_open, tensor_from_ptr
+from mrl.ops.tiles import batched_strided_copy_, batched_strided_copy_checksum_, build_tiles, checksum
+
+__all__ = [
+    "batched_strided_copy_",
+    "batched_strided_copy_checksum_",
+    "build_tiles",
+    "checksum",
+    "ipc_close",
+    "ipc_export",
+    "ipc_open",
+    "tensor_from_ptr",
+]

@@ -1,0 +1,22 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mrl.ops import extension, reference
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """The C++ ops for CPU, compiled once and kept in build/."""
+    for tool in ("g++", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"compiling csrc/ needs {tool}")
+    folder = Path(__file__).parents[3] / "build" / "ops"
+    return extension.load(extension.build(with_cuda=False, folder=folder))
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def ops(request):
+    """Both implementations, one after the other."""
+    return reference if request.param == "reference" else request.getfixturevalue("compiled")
