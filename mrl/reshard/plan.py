@@ -71,11 +71,14 @@ class _SourceIndex:
     """All boxes of every Hugging Face tensor that the sources hold, each with its replicas."""
 
     def __init__(self, spec: ModelSpec, sources: Sequence[SourceRank], element_size: int) -> None:
+        self._spec = spec
         self._element_size = element_size
+        # Data-parallel replicas hold the same parameters: each is looked up in the tables once.
+        self._pieces: dict[tuple[str, tuple[int, ...], int, int], list[Piece]] = {}
         replicas: dict[str, dict[_Box, list[_Replica]]] = defaultdict(lambda: defaultdict(list))
         for source in sources:
             for param in source.params:
-                self._add(spec, source, param, replicas)
+                self._add(source, param, replicas)
         self._boxes = {
             tensor: sorted(boxes.items(), key=lambda item: (item[0].row, item[0].col))
             for tensor, boxes in replicas.items()
@@ -83,20 +86,20 @@ class _SourceIndex:
         self._rows = {tensor: [box.row for box, _ in boxes] for tensor, boxes in self._boxes.items()}
         self._tallest = {tensor: max(box.rows for box, _ in boxes) for tensor, boxes in self._boxes.items()}
 
-    def _add(
-        self,
-        spec: ModelSpec,
-        source: SourceRank,
-        param: SourceParam,
-        replicas: dict[str, dict[_Box, list[_Replica]]],
-    ) -> None:
+    def _add(self, source: SourceRank, param: SourceParam, replicas: dict[str, dict[_Box, list[_Replica]]]) -> None:
         pitch = (param.shape[1] if len(param.shape) > 1 else 1) * self._element_size
         _check_in_buffer(source, param, param.shape[0] * pitch)
-        pieces = megatron_pieces(spec, param.name, param.shape, tp_rank=source.tp_rank, tp_size=source.tp_size)
-        for piece in pieces:
+        for piece in self._pieces_of(source, param):
             offset = param.offset_bytes + piece.local_row * pitch + piece.local_col * self._element_size
             box = _Box(piece.row, piece.col, piece.rows, piece.cols)
             replicas[piece.tensor][box].append(_Replica(source, param.buffer, offset, pitch))
+
+    def _pieces_of(self, source: SourceRank, param: SourceParam) -> list[Piece]:
+        tp_rank, tp_size = source.tp_rank, source.tp_size
+        key = (param.name, param.shape, tp_rank, tp_size)
+        if key not in self._pieces:
+            self._pieces[key] = megatron_pieces(self._spec, param.name, param.shape, tp_rank=tp_rank, tp_size=tp_size)
+        return self._pieces[key]
 
     def overlapping(self, piece: Piece) -> Iterator[tuple[_Box, list[_Replica]]]:
         """Boxes that share elements with a piece of the target, in row order."""
