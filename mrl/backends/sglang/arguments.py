@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from mrl.backends.sglang import weight_loader
+
+UNUSABLE_TOKENS = 2
+"""Of its context length SGLang gives no request the last two tokens; it cuts responses short without a word."""
+
+
+def max_request_tokens(scheduler_info: Mapping[str, Any]) -> int:
+    """Most tokens of a prompt and its full response, from what a scheduler reports once its cache is allocated."""
+    # The reported limit is for prompts alone: 5 tokens below the longest request, whose last one is never generated.
+    return int(scheduler_info["max_req_input_len"]) + 5 - 1
 
 
 def server_args(device: str, **values: Any) -> dict[str, Any]:

@@ -25,8 +25,14 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.utils import MultiprocessingSerializer
 
 from mrl.backends.sglang import weight_loader
-from mrl.backends.sglang.arguments import check_start, child_environment, server_args
-from mrl.backends.sglang.launch import StartedEngine, context_for, start_engine
+from mrl.backends.sglang.arguments import (
+    UNUSABLE_TOKENS,
+    check_start,
+    child_environment,
+    max_request_tokens,
+    server_args,
+)
+from mrl.backends.sglang.launch import StartedEngine, close_sockets, context_for, start_engine
 from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
 from mrl.interfaces import EngineError, WeightUpdateReport
 from mrl.types import Generation, SamplingParams
@@ -62,8 +68,7 @@ class SGLangEngine:
         self._device = device
         self._seed = seed
         self._call_timeout_s = call_timeout_s
-        # SGLang keeps 5 tokens back from the longest request it accepts.
-        self._max_tokens = int(started.scheduler_info["max_req_input_len"]) + 5
+        self._max_tokens = max_request_tokens(started.scheduler_info)
         self._failure: str | None = None
         self._weights = _WeightState()
         self._owner_pid = os.getpid()
@@ -118,7 +123,7 @@ class SGLangEngine:
             model_path=str(model_path),
             tp_size=tp_size,
             dtype=dtype,
-            context_length=context_length + 1,  # SGLang accepts one token less than it is told
+            context_length=context_length + UNUSABLE_TOKENS,
             max_running_requests=max_running_requests,
             max_total_tokens=max_total_tokens,
             random_seed=seed,
@@ -154,7 +159,7 @@ class SGLangEngine:
         if not prompts:
             return []
         outputs = self._call(self._submit([list(prompt) for prompt in prompts], sampling), "generate")
-        return [generation_of(output) for output in outputs]
+        return [generation_of(output, max_new_tokens=params.max_new_tokens) for output in outputs]
 
     def generate_from(self, take: TakePrompts, params: SamplingParams, *, window: int) -> dict[int, Generation]:
         """Responses to prompts taken from a queue, at most `window` at a time, by their index.
@@ -164,7 +169,7 @@ class SGLangEngine:
         self._require_valid_weights()
         sampling = sampling_dict(params)
         outputs = self._call(self._drain(take, sampling, params.max_new_tokens, window), "generate")
-        return {index: generation_of(output) for index, output in outputs.items()}
+        return {index: generation_of(output, max_new_tokens=params.max_new_tokens) for index, output in outputs.items()}
 
     def update_weights(self, control: Mapping[str, Any], *, weight_version: int) -> WeightUpdateReport:
         """Have every engine rank pull its weights from the sources that `control` (`spec`, `sources`) names.
@@ -247,6 +252,7 @@ class SGLangEngine:
             self.shutdown()
             raise
         self._weights.invalid = _WeightState().invalid
+        self._children.unlink_files()
 
     async def _warm_up(self, handlers: Mapping[signal.Signals, Any]) -> None:
         manager = self._engine.tokenizer_manager
@@ -284,12 +290,14 @@ class SGLangEngine:
         return outputs
 
     def _control(self, message: Mapping[str, Any], weight_version: int | None) -> list[dict[str, Any]]:
-        """Send the weight loader a message; each rank's status, in rank order. The cache is flushed."""
+        """Send the weight loader a message; each rank's status, in rank order. The KV cache is emptied first."""
+        # Not with the update: right after a generation the scheduler may still count as busy, and would fail it.
+        self._flush()
         payload = MultiprocessingSerializer.serialize([(json.dumps(message), torch.empty(0))])
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[payload] * self._tp_size,
             load_format=weight_loader.PATH,
-            flush_cache=True,
+            flush_cache=False,
             weight_version=None if weight_version is None else str(weight_version),
         )
         manager = self._engine_or_raise().tokenizer_manager
@@ -319,6 +327,7 @@ class SGLangEngine:
             work.close()
             raise
         limit = self._call_timeout_s if timeout_s is None else timeout_s
+        self._children.mark()
         return engine.loop.run_until_complete(self._supervise(work, what, limit))
 
     async def _supervise(self, work: Coroutine[Any, Any, Any], what: str, timeout_s: float) -> Any:
@@ -362,9 +371,8 @@ def _close_loop(engine: Any) -> None:
     for task in tasks:
         task.cancel()
     loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    manager = engine.tokenizer_manager
-    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
-        # The processes that would read what is still queued are gone.
-        socket.close(linger=0)
+    for socket in (engine.tokenizer_manager.recv_from_detokenizer, engine.send_to_rpc):
+        close_sockets(socket)
+    engine.send_to_rpc = None
     loop.close()
     asyncio.set_event_loop(None)

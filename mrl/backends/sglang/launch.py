@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -23,12 +23,14 @@ from typing import Any
 import psutil
 import sglang.srt.entrypoints.engine as sglang_engine
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+from sglang.srt.managers.load_snapshot import shm_path_for
 
 from mrl.backends.sglang import children
 from mrl.interfaces import EngineError
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 25
+_LINE_WIDTH = 300
 _KILL_WAIT_S = 30.0
 
 
@@ -37,12 +39,13 @@ class ChildProcesses:
 
     def __init__(self, context: BaseContext, log_path: Path | None) -> None:
         self._context = context
-        self._keep_log = log_path is not None
         self.log_path = log_path or _temporary_log()
+        self._log = self.log_path.open("ab+")
+        self._seen = self._log.seek(0, os.SEEK_END)
         self.processes: list[BaseProcess] = []
         self.readers: list[Connection] = []
-        self.files: list[Path] = []
-        """Sockets in the file system that SGLang leaves behind."""
+        self.files = [] if log_path else [self.log_path]
+        """What the engine's processes need by name while they start, and would leave behind."""
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
         process = self._context.Process(*args, **kwargs)  # type: ignore[attr-defined]
@@ -77,18 +80,32 @@ class ChildProcesses:
             waiting = {reader: rank for rank, reader in enumerate(self.readers) if rank not in reports}
             ready = wait([*waiting, *(process.sentinel for process in self.processes)], remaining)
             for reader in waiting.keys() & set(ready):
-                reports[waiting[reader]] = reader.recv()
+                try:
+                    reports[waiting[reader]] = reader.recv()
+                except EOFError:
+                    self.processes[waiting[reader]].join(remaining)
             if self.dead():
                 raise EngineError(self.explain(f"engine failed to start ({'; '.join(self.dead())})"))
         return [reports[rank] for rank in range(len(self.readers))]
 
+    def mark(self) -> None:
+        """Let error messages leave out what the children have written so far."""
+        self._seen = self._log.seek(0, os.SEEK_END)
+
     def explain(self, what: str) -> str:
-        """`what`, followed by the children's last error lines."""
-        tail = last_error_lines(self.log_path)
-        return f"{what}; its last lines:\n{tail}" if tail else f"{what}; its processes wrote nothing"
+        """`what`, followed by what the children wrote about it."""
+        self._log.seek(max(self._seen, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        cause = cause_of(self._log.read().decode(errors="replace"))
+        return f"{what}; its processes wrote:\n{cause}" if cause else f"{what}; its processes wrote nothing"
+
+    def unlink_files(self) -> None:
+        """Remove the engine's names from the file system, so that however this process ends, nothing is left."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        self.files = []
 
     def stop(self) -> None:
-        """Kill and reap the engine's processes and theirs, and remove what they leave in the file system."""
+        """Kill and reap the engine's processes and theirs."""
         started = [process for process in self.processes if process.pid is not None]
         family = [relative for process in started for relative in _family(process)]
         for relative in family:
@@ -104,8 +121,8 @@ class ChildProcesses:
         for reader in self.readers:
             reader.close()
         self.processes, self.readers = [], []
-        for path in self.files if self._keep_log else [*self.files, self.log_path]:
-            path.unlink(missing_ok=True)
+        self.unlink_files()
+        self._log.close()
 
 
 @dataclass(slots=True)
@@ -169,15 +186,19 @@ def _construct(
     restore_environment: Callable[[], None],
     during_start: Callable[[], None] | None,
 ) -> Engine:
+    managers: list[Any] = []
+
     def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
-        processes.files += _socket_files(ports)
+        processes.files += _files_of(ports)
         restore_environment()
         if during_start is not None:
             try:
                 during_start()
             except Exception as error:
                 raise _DuringStartError(error) from error
-        return init_tokenizer_manager(args, ports, *rest)
+        manager, templates = init_tokenizer_manager(args, ports, *rest)
+        managers.append(manager)
+        return manager, templates
 
     class OwnedEngine(Engine):
         init_tokenizer_manager_func = staticmethod(start_tokenizer_manager)
@@ -196,48 +217,65 @@ def _construct(
             """Do nothing: SGLang's version kills every child of this process, the trainer's too."""
 
     with _replaced(sglang_engine, mp=processes, configure_logger=lambda *args, **kwargs: None):
-        return OwnedEngine(**server_args)
+        try:
+            return OwnedEngine(**server_args)
+        except BaseException:
+            for manager in managers:
+                close_sockets(manager.recv_from_detokenizer)
+            raise
+
+
+def close_sockets(socket: Any) -> None:
+    """Close a ZeroMQ socket and all of its context, and end the context's threads.
+
+    Left to the garbage collector it would wait for ever: the processes that were to read what is queued are gone.
+    """
+    socket.context.destroy(linger=0)
 
 
 def note_child_failure(signum: int, frame: Any) -> None:
     """A child reported a failure; whoever waits for it sees it end and says why."""
 
 
-def last_error_lines(path: Path) -> str:
-    """The end of a log file, from its last traceback on if there is one."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    lines = [line for line in lines if line.strip()]
-    starts = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    recent = lines[starts[-1] :] if starts else lines
-    return "\n".join(recent[-_TAIL_LINES:])
+def cause_of(log: str) -> str:
+    """The end of the first traceback in a log, or of the log if there is none.
+
+    The first, because the other ranks of an engine follow with tracebacks of the connection they lost.
+    """
+    lines = [line[:_LINE_WIDTH] for line in log.splitlines() if line.strip()]
+    starts = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
+    if starts:
+        # A traceback ends with the first line that is not indented.
+        ends = (index for index in range(starts[0] + 1, len(lines)) if not lines[index].startswith(" "))
+        lines = lines[starts[0] : next(ends, len(lines)) + 1]
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 @contextmanager
 def _trainer_environment(for_children: Mapping[str, str]) -> Iterator[Callable[[], None]]:
-    """Set variables for the children; on exit, or when the yielded function is called, the trainer's are back.
+    """Set variables for the children; on exit the trainer's are back.
 
-    SGLang's own settings (SGLANG_*) stay: its part in this process reads them later.
+    The yielded function puts back all but SGLang's own (SGLANG_*), which its part in this process still reads; those
+    that SGLang itself has set stay for good.
     """
     before = dict(os.environ)
 
-    def restore() -> None:
-        for name in os.environ.keys() | before.keys():
-            if name.startswith("SGLANG_") and name not in for_children:
-                continue
+    def restore(names: Iterable[str]) -> None:
+        for name in names:
             if name in before:
                 os.environ[name] = before[name]
             else:
                 os.environ.pop(name, None)
 
+    def restore_foreign() -> None:
+        restore([name for name in os.environ.keys() | before.keys() if not name.startswith("SGLANG_")])
+
     os.environ.update(for_children)
     try:
-        yield restore
+        yield restore_foreign
     finally:
-        restore()
+        restore_foreign()
+        restore(for_children)
 
 
 @contextmanager
@@ -260,9 +298,11 @@ def _family(process: BaseProcess) -> list[psutil.Process]:
         return []
 
 
-def _socket_files(ports: Any) -> list[Path]:
+def _files_of(ports: Any) -> list[Path]:
+    """The sockets and the shared memory that SGLang makes for these ports."""
     addresses = [value for value in vars(ports).values() if isinstance(value, str) and value.startswith("ipc://")]
-    return [Path(address.removeprefix("ipc://")) for address in addresses]
+    sockets = [Path(address.removeprefix("ipc://")) for address in addresses]
+    return [*sockets, Path(shm_path_for(ports.instance_id))]
 
 
 def _temporary_log() -> Path:

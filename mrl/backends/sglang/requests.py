@@ -62,11 +62,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_
             )
 
 
-def generation_of(output: Mapping[str, Any]) -> Generation:
+def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generation:
     """One answer of SGLang.
 
     Raises:
-        EngineError: log-probs that are missing, not finite or of probability 0, or an answer cut short by NaN logits.
+        EngineError: log-probs that are missing, not finite or of probability 0; an answer ended by NaN logits, or cut
+            before `max_new_tokens` because the engine ran out of room.
     """
     meta = output["meta_info"]
     response_ids = list(output["output_ids"])
@@ -74,6 +75,11 @@ def generation_of(output: Mapping[str, Any]) -> Generation:
     reason = meta["finish_reason"]
     if reason["type"] == "stop" and not isinstance(reason.get("matched"), int):
         raise EngineError(f"engine stopped a response for {reason.get('matched')!r}; are its weights finite?")
+    if reason["type"] == "length" and len(response_ids) < max_new_tokens:
+        raise EngineError(
+            f"engine cut a response at {len(response_ids)} of {max_new_tokens} tokens; raise max_total_tokens or "
+            "context_length"
+        )
     if len(log_probs) != len(response_ids):
         raise EngineError(f"engine returned {len(log_probs)} log-probs for {len(response_ids)} tokens")
     if not all(math.isfinite(value) and value > _LOWEST_LOG_PROB for value in log_probs):

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from mrl.rollout.batch import build_batch, decode_responses
+from mrl.types import Generation, Prompt, Sample
+
+
+def sample(prompt: list[int], response: list[int], log_probs: list[float] | None = None) -> Sample:
+    values = log_probs if log_probs is not None else [-0.5 * token for token in response]
+    return Sample(
+        prompt=Prompt(uid="file:0", token_ids=prompt, messages=[], data_source="task"),
+        generation=Generation(response_ids=response, rollout_log_probs=values, finish_reason="stop", weight_version=3),
+    )
+
+
+def test_batch_of_a_hand_worked_case():
+    batch = build_batch([sample([5, 6, 7], [8, 2]), sample([9], [4])], pad_token_id=1)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 2], [9, 4, 1, 1, 1]]
+    assert batch.lengths.tolist() == [5, 2]
+    assert batch.loss_mask.tolist() == [[False, False, False, True, True], [False, True, False, False, False]]
+    assert batch.rollout_log_probs.tolist() == [[0, 0, 0, -4.0, -1.0], [0, -2.0, 0, 0, 0]]
+    assert batch.tokens.dtype == torch.int64
+    assert batch.rollout_log_probs.dtype == torch.float32
+
+
+def test_width_is_rounded_up_with_padding():
+    batch = build_batch([sample([5, 6], [7])], pad_token_id=9, multiple=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 9]]
+    assert batch.loss_mask.sum() == 1
+
+
+def test_other_samples_change_nothing_but_the_padding():
+    alone = build_batch([sample([5, 6], [7, 8])], pad_token_id=0)
+    beside = build_batch([sample([5, 6], [7, 8]), sample([1] * 9, [3] * 9)], pad_token_id=0)
+    assert torch.equal(alone.tokens[0], beside.tokens[0, :4])
+    assert torch.equal(alone.rollout_log_probs[0], beside.rollout_log_probs[0, :4])
+    assert not beside.loss_mask[0, 4:].any()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (sample([], [1]), "0 prompt and 1 response"),
+        (sample([1], []), "1 prompt and 0 response"),
+        (sample([1], [2, 3], [-1.0]), "1 log-probs for 2 tokens"),
+    ],
+)
+def test_a_broken_sample_is_refused_by_name(broken, message):
+    with pytest.raises(ValueError, match=f"file:0.*{message}"):
+        build_batch([broken], pad_token_id=0)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="no samples"):
+        build_batch([], pad_token_id=0)
+
+
+def test_responses_are_decoded_without_special_tokens():
+    class Letters:
+        def batch_decode(self, sequences, *, skip_special_tokens):
+            assert skip_special_tokens
+            return ["".join(chr(96 + token) for token in ids if token != 2) for ids in sequences]
+
+    samples = [sample([9], [1, 3, 2]), sample([9], [4])]
+    decode_responses(samples, Letters())
+    assert [each.response_text for each in samples] == ["ac", "d"]

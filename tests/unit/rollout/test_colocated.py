@@ -1,0 +1,195 @@
+"""The front over engines that answer deterministically; the engines themselves are tested in tests/integration."""
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch.distributed as dist
+
+from mrl.interfaces import EngineError, WeightUpdateReport
+from mrl.launch.fork import RankFailure, run_ranks
+from mrl.reshard.layout import SourceRank
+from mrl.reshard.spec import ModelSpec
+from mrl.rollout.colocated import ColocatedRollout
+from mrl.types import Generation, Prompt, SamplingParams
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=8,
+    hidden_size=4,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=16,
+    tie_word_embeddings=False,
+    attention_bias=False,
+)
+PROMPTS = [Prompt(uid=str(i), token_ids=[i + 1, i + 2], messages=[], data_source="task") for i in range(11)]
+PARAMS = SamplingParams(max_new_tokens=4)
+
+
+def answer(ids, version):
+    """The reverse of the prompt and its sum."""
+    return Generation(
+        response_ids=[*reversed(ids), sum(ids)],
+        rollout_log_probs=[-0.25, -0.5, -float(sum(ids))],
+        finish_reason="length",
+        weight_version=version,
+    )
+
+
+@dataclass
+class Reversing:
+    """Answers with the reversed prompt; `delay_s` per prompt, fails where told."""
+
+    delay_s: float = 0.0
+    fails_on: str = ""
+    version: int = -1
+    controls: list = field(default_factory=list)
+    answered: int = 0
+    widest: int = 0
+
+    def generate(self, prompts, params):
+        self._check("generate")
+        self.answered += len(prompts)
+        return [answer(ids, self.version) for ids in prompts]
+
+    def generate_from(self, take, params, *, window):
+        self._check("generate")
+        answers = {}
+        self.widest = window
+        while taken := take(1):
+            time.sleep(self.delay_s)
+            answers |= {index: answer(ids, self.version) for index, ids in taken}
+        self.answered += len(answers)
+        return answers
+
+    def update_weights(self, control, *, weight_version):
+        self._check("update")
+        self.controls.append(control)
+        self.version = weight_version
+        return WeightUpdateReport(weight_version=weight_version, bytes=1000, ops=3, pull_s=0.5, call_s=0.75)
+
+    def release_memory(self, tags):
+        self._check("release")
+
+    def resume_memory(self, tags):
+        self._check("resume")
+
+    def shutdown(self):
+        self.version = -99
+
+    def _check(self, what):
+        if self.fails_on == what:
+            raise EngineError(f"no {what} today")
+
+
+def source(rank):
+    return SourceRank(rank=rank, tp_rank=0, tp_size=1, host="here", device=-1, dtype="float32", buffers=(), params=())
+
+
+def run(world_size, scenario):
+    def rank_main(env):
+        dist.init_process_group("gloo")
+        try:
+            return scenario(env.rank)
+        finally:
+            dist.destroy_process_group()
+
+    return run_ranks(rank_main, world_size, timeout_s=60)
+
+
+def front(rank, engines, **kwargs):
+    return ColocatedRollout(engines.get(rank), spec=SPEC, source=source(rank), **kwargs)
+
+
+@pytest.mark.parametrize("leaders", [(0,), (2,), (0, 2)])
+def test_every_rank_gets_every_sample_in_order(leaders):
+    def scenario(rank):
+        rollout = front(rank, {leader: Reversing() for leader in leaders}, weight_version=7)
+        rollout.update_weights()
+        samples = rollout.generate(PROMPTS, PARAMS)
+        return [(sample.prompt.uid, sample.generation) for sample in samples], rollout.metrics["rollout/tokens"]
+
+    expected = [(prompt.uid, answer(prompt.token_ids, 7)) for prompt in PROMPTS]
+    assert run(4, scenario) == [(expected, 33.0)] * 4
+
+
+def test_a_slow_engine_does_not_idle_the_other():
+    def scenario(rank):
+        engine = Reversing(delay_s=0.15 if rank == 0 else 0.0)
+        rollout = front(rank, {rank: engine}, max_running_requests=64)
+        rollout.generate(PROMPTS, PARAMS)
+        return engine.answered, engine.widest
+
+    (slow, slow_window), (fast, fast_window) = run(2, scenario)
+    assert slow + fast == len(PROMPTS)
+    assert slow <= 3
+    assert slow_window == fast_window == 6  # an equal share of 11 prompts, rounded up
+
+
+@pytest.mark.parametrize("what", ["generate", "update"])
+def test_one_failing_engine_is_raised_alike_on_every_rank(what):
+    def scenario(rank):
+        rollout = front(rank, {0: Reversing(delay_s=0.01), 2: Reversing(fails_on=what)})
+        try:
+            rollout.update_weights()
+            rollout.generate(PROMPTS * 100, PARAMS)
+        except EngineError as error:
+            return str(error)
+        return "no error"
+
+    begin = time.perf_counter()
+    assert run(3, scenario) == [f"rollout engine of rank 2: no {what} today"] * 3
+    assert time.perf_counter() - begin < 10  # the healthy engine stops taking: 1,100 prompts would last 11 s
+
+
+def test_generation_goes_on_after_a_failed_update():
+    def scenario(rank):
+        engine = Reversing(fails_on="update")
+        rollout = front(rank, {0: engine} if rank == 0 else {})
+        with pytest.raises(EngineError):
+            rollout.update_weights()
+        engine.fails_on = ""
+        return rollout.update_weights()["rollout/weight_version"], len(rollout.generate(PROMPTS, PARAMS))
+
+    assert run(2, scenario) == [(0.0, len(PROMPTS))] * 2
+
+
+def test_metrics_add_up_over_engines_and_the_control_message_is_one_object():
+    def scenario(rank):
+        engines = {0: Reversing(), 1: Reversing()}
+        rollout = front(rank, engines)
+        first, second = rollout.update_weights(), rollout.update_weights()
+        controls = engines[rank].controls
+        assert controls[0] is controls[1]
+        assert [each["rank"] for each in controls[0]["sources"]] == [0, 1]
+        assert ModelSpec.from_json(controls[0]["spec"]) == SPEC
+        rollout.release_memory(["weights"])
+        rollout.resume_memory(["weights"])
+        rollout.close()
+        assert engines[rank].version == -99
+        return first, second["rollout/weight_version"]
+
+    for metrics, version in run(2, scenario):
+        assert metrics["reshard/bytes"] == 2000
+        assert metrics["reshard/ops"] == 6
+        assert metrics["reshard/gb_per_s"] == pytest.approx(2000 / 0.5 / 1e9)
+        assert (metrics["rollout/weight_version"], version) == (0.0, 1.0)
+
+
+def test_a_job_of_one_process_needs_no_process_group():
+    rollout = ColocatedRollout(Reversing(), spec=SPEC, source=source(0))
+    rollout.update_weights()
+    assert [sample.generation for sample in rollout.generate(PROMPTS, PARAMS)] == [
+        answer(prompt.token_ids, 0) for prompt in PROMPTS
+    ]
+
+
+def test_no_engine_anywhere_is_refused_on_every_rank():
+    with pytest.raises(RankFailure, match="no rank owns a rollout engine"):
+        run(2, lambda rank: front(rank, {}))
