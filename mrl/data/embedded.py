@@ -1,0 +1,205 @@
+"""The embedded task: a counting exercise, its tokenizer and two tiny models, all made by code.
+
+The task is small enough that PPO solves it from random weights in a few dozen steps on a CPU, and has everything a
+real one has: parquet files in verl's row format, a chat template, an end-of-sequence token that has to be learned, a
+rule-based reward with partial credit, and an actor and a critic of different families and sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from mrl.rewards.embedded import DATA_SOURCE
+
+PREFIX = "embedded:"
+NUM_TRAIN_ROWS = 2048
+
+_REVISION = "1"
+"""Part of the folder's name; raise it with every change of what is written, so that no stale folder is reused."""
+_LAST_DIGITS = range(3, 8)
+_RUN_LENGTHS = range(1, 4)
+_SEED = 20250101
+_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+_ROLE_TOKENS = ("<system>", "<user>", "<assistant>")
+_ALPHABET = "0123456789"
+_VOCAB_SIZE = len(_SPECIAL_TOKENS) + len(_ROLE_TOKENS) + len(_ALPHABET)
+_MAX_POSITIONS = 256
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+"""The response continues the last message: there is no header between the two."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class EmbeddedPaths:
+    """Where the embedded task lies on disk."""
+
+    actor_model: Path
+    critic_model: Path
+    train_file: Path
+    val_file: Path
+
+
+def resolve_embedded(path: str, folder: Path) -> str:
+    """`path` itself, or, for "embedded:train|val|actor|critic", the file or folder made under `folder`.
+
+    Raises:
+        ValueError: the name after "embedded:" is unknown.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    fields = {"actor": "actor_model", "critic": "critic_model", "train": "train_file", "val": "val_file"}
+    name = path.removeprefix(PREFIX)
+    if name not in fields:
+        raise ValueError(f"unknown embedded path {path!r}; known: {', '.join(PREFIX + known for known in fields)}")
+    return str(getattr(materialise(folder), fields[name]))
+
+
+def materialise(folder: Path) -> EmbeddedPaths:
+    """Write the embedded task under `folder` unless it is there already.
+
+    Any number of processes may call it at once: each writes beside the target and one rename wins.
+    """
+    target = Path(folder).expanduser() / f"embedded-{_REVISION}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".embedded-", dir=target.parent))
+        try:
+            _write(_paths(scratch))
+            _publish(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return _paths(target)
+
+
+def _paths(root: Path) -> EmbeddedPaths:
+    return EmbeddedPaths(
+        actor_model=root / "actor",
+        critic_model=root / "critic",
+        train_file=root / "train.parquet",
+        val_file=root / "val.parquet",
+    )
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _write(paths: EmbeddedPaths) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        actor = Qwen2ForCausalLM(_actor_config())
+        critic = LlamaForCausalLM(_critic_config())
+        order = torch.randint(len(_tasks()), (NUM_TRAIN_ROWS,)).tolist()
+    tokenizer = build_embedded_tokenizer()
+    for model, path in ((actor, paths.actor_model), (critic, paths.critic_model)):
+        model.generation_config = GenerationConfig(**_token_ids(), do_sample=True)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    tasks = _tasks()
+    _write_rows(paths.train_file, [tasks[index] for index in order], "train")
+    _write_rows(paths.val_file, tasks, "val")
+
+
+def build_embedded_tokenizer() -> Qwen2Tokenizer:
+    """A character-level tokenizer of 16 tokens with a chat template; characters outside its alphabet are dropped.
+
+    It is a Qwen2 tokenizer without merges because AutoTokenizer takes that class for every Qwen2 model, whatever
+    the folder's tokenizer_config.json says.
+    """
+    tokens = _SPECIAL_TOKENS + _ROLE_TOKENS + tuple(_ALPHABET)
+    pad, bos, eos = _SPECIAL_TOKENS
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=None,
+        model_max_length=_MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in _ROLE_TOKENS])
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def _token_ids() -> dict[str, int]:
+    return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _actor_config() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=_VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=_MAX_POSITIONS,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **_token_ids(),
+    )
+
+
+def _critic_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=_MAX_POSITIONS,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **_token_ids(),
+    )
+
+
+def _tasks() -> list[tuple[str, str]]:
+    """Every question with its answer: "34" with "56789", one to three digits of a run that is to be counted on to 9."""
+    digits = "0123456789"
+    return [
+        (digits[last - length + 1 : last + 1], digits[last + 1 :]) for last in _LAST_DIGITS for length in _RUN_LENGTHS
+    ]
+
+
+def _write_rows(path: Path, tasks: list[tuple[str, str]], split: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "data_source": DATA_SOURCE,
+            "prompt": [{"role": "user", "content": question}],
+            "ability": "counting",
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"split": split, "index": index},
+        }
+        for index, (question, answer) in enumerate(tasks)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
