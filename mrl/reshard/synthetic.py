@@ -15,7 +15,6 @@ from mrl.reshard.spec import ModelSpec
 from mrl.reshard.transport import export_source
 
 _ALIGNMENT_BYTES = 256
-_CHUNK = 1 << 22
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -30,19 +29,20 @@ class SyntheticTrainer:
 def distinct_state(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     """A whole Hugging Face state dict in which an element in the wrong place shows.
 
-    Elements are numbered through the model. In 4-byte types the number is the bit pattern; in 2-byte types 16 bits of
-    its hash, so one misplaced element is missed with probability 2^-16 and a misplaced row practically never.
+    In 4-byte types the bit patterns count the model's elements; in 2-byte types they are random 16 bits of a fixed
+    seed, so one misplaced element is missed with probability 2^-16 and a misplaced row practically never.
     """
+    generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     start = 0
     for name, shape in tensor_shapes(spec).items():
         tensor = torch.empty(shape, dtype=dtype)
-        words = tensor.view(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-        for first in range(0, words.numel(), _CHUNK):
-            chunk = words[first : first + _CHUNK]
-            numbers = torch.arange(start + first, start + first + chunk.numel())
-            chunk.copy_(_hash(numbers) if dtype.itemsize == 2 else numbers)
-        start += words.numel()
+        if dtype.itemsize == 2:
+            tensor.view(torch.int16).random_(-(2**15), 2**15, generator=generator)
+        else:
+            words = tensor.view(-1).view(torch.int32)
+            torch.arange(start, start + words.numel(), out=words)
+        start += tensor.numel()
         state[name] = tensor
     return state
 
@@ -77,14 +77,6 @@ def export_layout(
         )
         memory.append(params)
     return SyntheticTrainer(sources=sources, memory=memory)
-
-
-def _hash(numbers: Tensor) -> Tensor:
-    """[n] int64 -> [n] int16, well mixed: neighbours and fixed strides do not collide systematically."""
-    mixed = numbers
-    for shift in (30, 27):
-        mixed = (mixed ^ (mixed >> shift)) * 0x5851F42D4C957F2D
-    return (mixed >> 40).to(torch.int16)
 
 
 def _in_one_buffer(shard: dict[str, Tensor]) -> dict[str, Tensor]:
