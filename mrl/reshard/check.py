@@ -193,7 +193,7 @@ def training_layout(text: str) -> ParallelLayout:
 def render(report: CheckReport, console: Console) -> None:
     """Print the report as a table."""
     table = Table(title=f"{report.spec.family}, {report.layout} -> engine TP{report.rollout_tp}, {report.dtype}")
-    columns = ("engine rank", "parameters", "copies", "fills", "MB", "sources", "plan ms", "pull ms", "bitwise equal")
+    columns = ("rank", "params", "copies", "fills", "MB", "sources", "plan ms", "pull ms", "equal")
     for column in columns:
         table.add_column(column, justify="right")
     for rank in report.ranks:
