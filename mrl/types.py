@@ -9,7 +9,7 @@ left-aligned (prompt, response, padding), so a causal model needs no padding mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -114,13 +114,20 @@ class TrainBatch:
 
         return self._map(cut)
 
-    def with_fields(self, **tensors: Tensor | None) -> TrainBatch:
+    def required(self, name: str) -> Tensor:
+        """The named field; raises ValueError if no earlier stage has filled it in."""
+        tensor = getattr(self, name)
+        if tensor is None:
+            raise ValueError(f"TrainBatch.{name} is needed here, and no earlier stage has filled it in")
+        return tensor
+
+    def with_fields(self, **tensors: Tensor) -> TrainBatch:
         """A copy with the named fields replaced."""
         return replace(self, **tensors)
 
-    def _map(self, function: Any) -> TrainBatch:
-        present = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TrainBatch(**{name: None if value is None else function(value) for name, value in present.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        present = {item.name: getattr(self, item.name) for item in fields(self)}
+        return TrainBatch(**{name: function(tensor) for name, tensor in present.items() if tensor is not None})
 
 
 Reduction = Literal["sum", "max", "min"]

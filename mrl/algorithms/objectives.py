@@ -64,8 +64,8 @@ class PolicyObjective:
         aggregate = partial(aggregate_loss, loss_mask=mask, mode=self.loss_agg_mode, norm=norm)
         policy = compute_policy_loss(
             output["log_probs"],
-            _required(batch, "old_log_probs"),
-            _required(batch, "advantages"),
+            batch.required("old_log_probs"),
+            batch.required("advantages"),
             clip_ratio_low=self.clip_ratio_low,
             clip_ratio_high=self.clip_ratio_high,
             clip_ratio_c=self.clip_ratio_c,
@@ -77,7 +77,7 @@ class PolicyObjective:
         if self.entropy_coeff != 0:
             loss = loss - self.entropy_coeff * aggregate(output["entropy"])
         if self.use_kl_loss:
-            kl_loss = aggregate(compute_kl(output["log_probs"], _required(batch, "ref_log_probs"), self.kl_loss_type))
+            kl_loss = aggregate(compute_kl(output["log_probs"], batch.required("ref_log_probs"), self.kl_loss_type))
             metrics["actor/kl_loss"] = _share(kl_loss)
             loss = loss + self.kl_loss_coef * kl_loss
         return loss, metrics
@@ -102,9 +102,9 @@ class ValueObjective:
         return partial(self._compute, norm=norm)
 
     def _compute(self, output: ModelOutput, batch: TrainBatch, *, norm: LossNorm) -> tuple[Tensor, dict[str, Metric]]:
-        mask, returns = batch.loss_mask, _required(batch, "returns")
+        mask, returns = batch.loss_mask, batch.required("returns")
         value = compute_value_loss(
-            output["values"], _required(batch, "values"), returns, cliprange_value=self.cliprange_value
+            output["values"], batch.required("values"), returns, cliprange_value=self.cliprange_value
         )
         metrics = {
             "critic/clip_fraction": Metric(token_mean(value.clipped, mask, norm)),
@@ -128,9 +128,3 @@ def _share(loss: Tensor) -> Metric:
     # A copy: pipeline schedules divide the loss they are given in place.
     return Metric(loss.detach().to(torch.float32).clone())
 
-
-def _required(batch: TrainBatch, name: str) -> Tensor:
-    tensor = getattr(batch, name)
-    if tensor is None:
-        raise ValueError(f"the objective needs TrainBatch.{name}, which no earlier stage has filled in")
-    return tensor

@@ -19,6 +19,8 @@ class RankEnvironment:
     local_world_size: int
     master_addr: str
     master_port: int
+    listen_fd: int | None = None
+    """Socket that already listens on master_port, in ranks that share it with their parent."""
 
     def export(self) -> None:
         """Set the environment variables of torch's env:// rendezvous in this process."""

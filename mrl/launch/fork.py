@@ -66,34 +66,32 @@ def run_ranks(
         TimeoutError: not all ranks ended in time.
         KeyboardInterrupt: this process was interrupted.
     """
-    ranks = [_fork(rank_main, env, user_errors) for env in _environments(world_size)]
+    ranks: list[_Rank] = []
     with _interrupt_on_sigterm():
         try:
+            with socket.create_server(("127.0.0.1", 0), backlog=world_size) as server:
+                for env in _environments(world_size, server):
+                    ranks.append(_fork(rank_main, env, user_errors))
             _collect(ranks, timeout_s)
         finally:
             _stop(ranks)
     return [rank.outcome[1] for rank in ranks if rank.outcome is not None]
 
 
-def _environments(world_size: int) -> list[RankEnvironment]:
-    port = _free_port()
+def _environments(world_size: int, server: socket.socket) -> list[RankEnvironment]:
+    host, port = server.getsockname()
     return [
         RankEnvironment(
             rank=rank,
             local_rank=rank,
             world_size=world_size,
             local_world_size=world_size,
-            master_addr="127.0.0.1",
+            master_addr=host,
             master_port=port,
+            listen_fd=server.fileno(),
         )
         for rank in range(world_size)
     ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _fork(rank_main: RankMain, env: RankEnvironment, user_errors: tuple[type, ...]) -> _Rank:
@@ -110,6 +108,8 @@ def _child(rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_err
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     env.export()
+    if env.rank and env.listen_fd is not None:
+        os.close(env.listen_fd)
     try:
         outcome = ("ok", rank_main(env))
     except SystemExit as stop:

@@ -19,6 +19,7 @@ from mrl.backends.sglang.engine import SGLangEngine
 from mrl.config.algorithm import KLCtrlConfig
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
+from mrl.launch.rendezvous import init_process_group
 from mrl.observability.console import setup_logging
 from mrl.observability.trackers import TrackerList, build_trackers
 from mrl.rollout.colocated import ColocatedRollout
@@ -73,7 +74,7 @@ def _init_process_group(config: PPOConfig, plan: RunPlan, env: RankEnvironment) 
     if plan.device == "cuda":
         torch.cuda.set_device(env.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.trainer.phase_timeout_s))
+    init_process_group(env, backend=backend, timeout=timedelta(seconds=config.trainer.phase_timeout_s))
 
 
 def _start_engine(
@@ -194,7 +195,7 @@ def _policy_objective(config: PPOConfig) -> PolicyObjective:
         clip_ratio_high=actor.clip_ratio_high,
         clip_ratio_c=actor.clip_ratio_c,
         loss_agg_mode=actor.loss_agg_mode,
-        loss_scale_factor=actor.loss_scale_factor,
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         entropy_coeff=actor.entropy_coeff,
         use_kl_loss=actor.use_kl_loss,
         kl_loss_coef=actor.kl_loss_coef,
@@ -207,7 +208,7 @@ def _value_objective(config: PPOConfig) -> ValueObjective:
     return ValueObjective(
         cliprange_value=critic.cliprange_value,
         loss_agg_mode=critic.loss_agg_mode,
-        loss_scale_factor=critic.loss_scale_factor,
+        loss_scale_factor=critic.loss_scale_factor or config.data.max_response_length,
     )
 
 
@@ -232,7 +233,7 @@ def _validator(
 ) -> Validator:
     settings = config.actor_rollout_ref.rollout.val_kwargs
     return Validator(
-        prompts=inputs.val or (),
+        prompts=inputs.val.prompts if inputs.val else (),
         batch_size=config.data.val_batch_size,
         rollout=rollout,
         scorer=scorer,

@@ -31,7 +31,7 @@ class RunInputs:
         """
         data = config.data
         seed = config.trainer.seed if data.seed is None else data.seed
-        return PromptLoader(self.train, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed)
+        return PromptLoader(self.train.prompts, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed)
 
 
 def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:

@@ -83,7 +83,7 @@ def plan_run(config: PPOConfig) -> RunPlan:
     critic_path = files.model(config.critic.model.path)
     critic = _plan_role(config, "critic", config.critic.megatron, critic_path, device, trained=True)
     reference = None
-    if needs_reference(config):
+    if config.needs_reference:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
     _check_lengths(config, actor.spec, critic.spec)
     return RunPlan(
@@ -110,11 +110,6 @@ def choose_device(requested: str) -> Device:
     if requested == "cuda" and not available:
         raise ValueError("trainer.device = cuda, but torch finds no CUDA device; set trainer.device=cpu or auto")
     return "cuda" if available and requested != "cpu" else "cpu"
-
-
-def needs_reference(config: PPOConfig) -> bool:
-    """Whether any KL term is configured."""
-    return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
 
 
 class _Files:

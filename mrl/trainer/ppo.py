@@ -152,11 +152,12 @@ class PPOTrainer:
     def _compute_advantages(self, batch: TrainBatch, samples: list[Sample]) -> tuple[TrainBatch, Metrics]:
         with self._timer("advantage"):
             rewards, metrics = self._token_rewards(batch, samples)
+            values = batch.required("values")
             advantages, returns = compute_gae(
-                rewards, batch.values, batch.loss_mask, gamma=self.settings.gamma, lam=self.settings.lam
+                rewards, values, batch.loss_mask, gamma=self.settings.gamma, lam=self.settings.lam
             )
             metrics |= {
-                "critic/explained_variance": float(compute_explained_variance(batch.values, returns, batch.loss_mask)),
+                "critic/explained_variance": float(compute_explained_variance(values, returns, batch.loss_mask)),
                 "critic/return_mean": float(masked_mean(returns, batch.loss_mask)),
                 "advantage/mean": float(masked_mean(advantages, batch.loss_mask)),
             }
@@ -172,14 +173,14 @@ class PPOTrainer:
         kl_coef = self.kl_controller.kl_coef
         rewards, current_kl = apply_kl_penalty(
             rewards,
-            batch.old_log_probs,
-            batch.ref_log_probs,
+            batch.required("old_log_probs"),
+            batch.required("ref_log_probs"),
             batch.loss_mask,
             kl_coef=kl_coef,
             kind=self.settings.kl_penalty,
         )
-        self.kl_controller.update(float(current_kl), n_steps=len(batch))
-        return rewards, {"actor/reward_kl": float(current_kl), "actor/reward_kl_coef": kl_coef}
+        self.kl_controller.update(current_kl, n_steps=len(batch))
+        return rewards, {"actor/reward_kl": current_kl, "actor/reward_kl_coef": kl_coef}
 
     def _update_critic(self, batch: TrainBatch, *, step: int) -> Metrics:
         schedule = self.critic_schedule
@@ -226,7 +227,7 @@ def iterate_mini_batches(batch: TrainBatch, schedule: UpdateSchedule, *, step: i
 
 def compute_parity(batch: TrainBatch) -> Metrics:
     """How far the engine's log-probs of its own samples are from the trainer's, over trained tokens."""
-    difference = (batch.old_log_probs - batch.rollout_log_probs).abs() * batch.loss_mask
+    difference = (batch.required("old_log_probs") - batch.required("rollout_log_probs")).abs() * batch.loss_mask
     return {
         "parity/log_prob_abs_diff_mean": float(masked_mean(difference, batch.loss_mask)),
         "parity/log_prob_abs_diff_max": float(difference.max()),

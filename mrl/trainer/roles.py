@@ -88,6 +88,7 @@ def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSettings:
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
         lr_warmup_steps=warmup if warmup >= 0 else int(optim.lr_warmup_steps_ratio * decay_steps),
+        lr_warmup_init=optim.lr_warmup_init,
         lr_decay_style=optim.lr_decay_style,
         lr_decay_steps=decay_steps,
         min_lr=optim.min_lr,

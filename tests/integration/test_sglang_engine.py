@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from mrl.backends.sglang import hooks
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.fork import run_ranks
+from mrl.launch.rendezvous import init_process_group
 from mrl.reshard.spec import load_spec
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.types import Prompt, SamplingParams
@@ -336,7 +338,7 @@ def test_an_assert_of_the_schedulers_update_manager_is_a_failure(model_folder):
         raise AssertionError("Cache flush failed")
 
     def main(env: RankEnvironment):
-        dist.init_process_group("gloo")
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
         answer = hooks.fail_instead_of_assert(refuse, SimpleNamespace(tp_cpu_group=dist.group.WORLD), None)
         dist.destroy_process_group()
         return answer.success, json.loads(answer.message)[0][1]["error"]
@@ -366,7 +368,7 @@ def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
 
     def main(env: RankEnvironment):
         engine = jobs.start(model_folder, tp_size=tp_sizes[env.rank]) if env.rank in tp_sizes else None
-        dist.init_process_group("gloo")
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
         spec = load_spec(model_folder)
         model = jobs.LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         trainer = jobs.export_trainer(spec, model, pp=1)

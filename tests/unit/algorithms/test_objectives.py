@@ -189,8 +189,8 @@ def test_entropy_is_asked_for_only_where_it_is_used() -> None:
 
 def test_missing_fields_and_wrong_settings_are_named() -> None:
     batch, output = make_batch(), make_output()
-    with pytest.raises(ValueError, match=r"needs TrainBatch\.ref_log_probs"):
-        FULL.bind(batch)(output, batch.with_fields(ref_log_probs=None))
+    with pytest.raises(ValueError, match=r"TrainBatch\.ref_log_probs is needed"):
+        FULL.bind(batch)(output, replace(batch, ref_log_probs=None))
     with pytest.raises(ValueError, match="loss_scale_factor = None"):
         PolicyObjective(loss_agg_mode="seq-mean-token-sum-norm")
     with pytest.raises(ValueError, match="unknown KL estimate 'k4'"):

@@ -1,9 +1,12 @@
 """Every rank gets the result, or the same error."""
 
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
 from mrl.launch.fork import run_ranks
+from mrl.launch.rendezvous import init_process_group
 from mrl.parallel.agreement import broadcast_result, gather_results
 
 
@@ -26,7 +29,7 @@ def _attempt(function):
 
 def on_ranks(function, world_size=3):
     def main(env):
-        dist.init_process_group("gloo")
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
         try:
             return function(env)
         finally:

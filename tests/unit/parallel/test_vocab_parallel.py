@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.fork import run_ranks
+from mrl.launch.rendezvous import init_process_group
 from mrl.parallel import vocab_parallel
 from mrl.parallel.vocab_parallel import (
     vocab_parallel_entropy,
@@ -30,7 +32,7 @@ def run_on_gloo(work: Callable[[int], Any], world_size: int) -> list[Any]:
 
     def rank_main(env: RankEnvironment) -> Any:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
         try:
             return work(env.rank)
         finally:

@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from mrl.interfaces import EngineError, WeightUpdateReport
 from mrl.launch.fork import RankFailure, run_ranks
+from mrl.launch.rendezvous import init_process_group
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.spec import ModelSpec
 from mrl.rollout.colocated import ColocatedRollout
@@ -94,7 +96,7 @@ def source(rank):
 
 def run(world_size, scenario):
     def rank_main(env):
-        dist.init_process_group("gloo")
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
         try:
             return scenario(env.rank)
         finally:

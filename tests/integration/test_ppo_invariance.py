@@ -1,0 +1,309 @@
+"""Three whole PPO steps in every layout against a single-process PPO written with transformers.
+
+The samples are recorded ones, so that all runs see the same; everything after the rollout is the trainer's own loop
+over real engines: log-probs, reference, values, KL in reward and in the loss, GAE, whitening, mini-batches, updates.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from megatron_reference import TEMPERATURE, Reference, gather_hf_tensors, load_reference, save_tiny_model
+from ranks import run_on_ranks
+
+from mrl.algorithms.kl import AdaptiveKLController
+from mrl.algorithms.objectives import PolicyObjective, ValueObjective
+from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
+from mrl.backends.megatron.setup import RoleSetup, build_engine
+from mrl.data.loader import PromptLoader
+from mrl.observability.trackers import TrackerList
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.spec import load_spec
+from mrl.trainer.ppo import PPOSettings, PPOTrainer, UpdateSchedule
+from mrl.trainer.samples import SampleWriter
+from mrl.trainer.scoring import Scorer
+from mrl.trainer.validation import Validator
+from mrl.types import Generation, Prompt, Sample, SamplingParams
+
+VOCAB, NUM_PROMPTS, STEPS, EPOCHS, MINI = 250, 12, 3, 2, 6
+GAMMA, LAM, KL_COEF, TARGET_KL, HORIZON = 0.99, 0.95, 0.1, 0.05, 40
+CLIP_LOW, CLIP_HIGH, CLIP_C, CLIP_VALUE = 0.1, 0.15, 1.5, 0.2
+ENTROPY_COEFF, KL_LOSS_COEF = 0.01, 0.05
+ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-4, 2e-3, 1e-3, 0.1, 0.5
+
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}),
+    "tp4 pp1 dp2, critic tp2 pp2 dp2": ({"tp": 4}, {"tp": 2, "pp": 2}),
+    "tp1 pp4 vpp2 dp2, critic tp4 dp2": ({"pp": 4, "vpp": 2}, {"tp": 4, "sequence_parallel": True}),
+}
+
+# Losses and norms are of size 0.1 to 2; 12 updates of fp32 rounding through 8 layers and Adam.
+METRIC_TOLERANCE = 5e-5
+# A weight moves by about 2e-2 in these steps.
+WEIGHT_TOLERANCE = 5e-5
+
+
+@dataclass
+class Recorded:
+    """Implements `mrl.interfaces.Rollout` by handing out samples made beforehand."""
+
+    steps: list[list[Sample]]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams) -> list[Sample]:
+        return self.steps.pop(0)
+
+    def update_weights(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+class NoText:
+    def batch_decode(self, sequences, *, skip_special_tokens):
+        return ["" for _ in sequences]
+
+
+def record(seed: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+
+    samples = []
+    for row in range(NUM_PROMPTS):
+        response = ids(1, 12)
+        prompt = Prompt(uid=str(row), token_ids=ids(2, 8), messages=[], data_source="recorded")
+        generation = Generation(
+            response_ids=response, rollout_log_probs=[-5.5] * len(response), finish_reason="stop", weight_version=0
+        )
+        samples.append(Sample(prompt=prompt, generation=generation))
+    return samples
+
+
+def score(samples: list[Sample]) -> list[tuple[float, dict[str, float]]]:
+    return [(sum(sample.generation.response_ids) % 17 / 8 - 1, {}) for sample in samples]
+
+
+def setups(folders: dict[str, str], actor: dict[str, Any], critic: dict[str, Any], world_size: int) -> list[RoleSetup]:
+    def setup(kind: str, axes: dict[str, Any], lr: float | None) -> RoleSetup:
+        path = folders["critic" if kind == "critic" else "actor"]
+        optimizer = lr and OptimizerSettings(lr=lr, eps=EPS, weight_decay=DECAY, clip_grad=CLIP_GRAD)
+        return RoleSetup(
+            kind=kind,
+            model_path=path,
+            spec=load_spec(path),
+            layout=ParallelLayout(world_size=world_size, **axes),
+            temperature=TEMPERATURE,
+            optimizer=optimizer or None,
+            data_parallel=DataParallelSettings(use_distributed_optimizer=kind == "actor"),
+            value_head_std=0.05,
+        )
+
+    return [setup("actor", actor, ACTOR_LR), setup("critic", critic, CRITIC_LR), setup("reference", actor, None)]
+
+
+def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict[str, Any], world_size: int) -> Any:
+    """Metrics of every step and the actor's final weights (those on rank 0)."""
+    actor, critic, reference = (build_engine(setup) for setup in setups(folders, actor_axes, critic_axes, world_size))
+    steps = [record(seed) for seed in range(STEPS)]
+    prompts = [sample.prompt for sample in steps[0]]
+    rollout = Recorded(steps)
+    scorer = Scorer(score, NoText(), source_rank=0)
+    sampling = SamplingParams(max_new_tokens=12)
+    schedule = UpdateSchedule(
+        mini_batch_size=MINI, micro_batch_size=2, forward_micro_batch_size=3, epochs=EPOCHS, shuffle=False, seed=0
+    )
+    trainer = PPOTrainer(
+        settings=PPOSettings(
+            gamma=GAMMA, lam=LAM, kl_penalty="kl", use_kl_in_reward=True, n_samples_per_prompt=1, critic_warmup=0,
+            total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False,
+        ),
+        actor=actor, critic=critic, reference=reference, rollout=rollout, scorer=scorer,
+        prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0), sampling=sampling,
+        policy_objective=PolicyObjective(
+            clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C, entropy_coeff=ENTROPY_COEFF,
+            use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF, kl_loss_type="low_var_kl",
+        ),
+        value_objective=ValueObjective(cliprange_value=CLIP_VALUE),
+        kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
+        actor_schedule=schedule, critic_schedule=schedule, ref_micro_batch_size=4, pad_token_id=0,
+        validator=Validator(
+            prompts=(), batch_size=None, rollout=rollout, scorer=scorer, sampling=sampling, n_samples_per_prompt=1,
+            sample_writer=SampleWriter(None), num_logged=0,
+        ),
+        sample_writer=SampleWriter(None), trackers=TrackerList([]),
+    )  # fmt: skip
+    log = [trainer.step(prompts, step=step) for step in range(1, STEPS + 1)]
+    return log, gather_hf_tensors(actor, load_spec(folders["actor"]))
+
+
+# ---- the same algorithm for one process, sample by sample, in transformers and torch.optim
+
+
+def token_outputs(model: Reference, sample: Sample) -> dict[str, torch.Tensor]:
+    """Outputs at the response tokens of one sample. [response]"""
+    tokens = torch.tensor([sample.prompt.token_ids + sample.generation.response_ids])
+    batch = type("Batch", (), {"tokens": tokens, "lengths": torch.tensor([tokens.shape[1]])})
+    start = len(sample.prompt.token_ids)
+    return {name: value[0, start:] for name, value in model.outputs(batch).items()}
+
+
+def advantages_of(rewards: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    advantages, later = [0.0] * len(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        following = values[t + 1] if t + 1 < len(values) else 0.0
+        later = rewards[t] + GAMMA * following - values[t] + GAMMA * LAM * later
+        advantages[t] = later
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def policy_terms(new: torch.Tensor, row: dict[str, Any], entropy: torch.Tensor) -> torch.Tensor:
+    """Token losses of one sample: dual-clipped surrogate, entropy bonus, k3 KL to the reference."""
+    terms = []
+    for t, advantage in enumerate(row["advantages"]):
+        ratio = (new[t] - row["old"][t]).exp()
+        clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+        objective = torch.minimum(ratio * advantage, clipped * advantage)
+        if advantage < 0:
+            objective = torch.maximum(objective, torch.tensor(CLIP_C * advantage))
+        gap = row["ref"][t] - new[t]
+        terms.append(-objective - ENTROPY_COEFF * entropy[t] + KL_LOSS_COEF * (gap.exp() - gap - 1))
+    return torch.stack(terms)
+
+
+def value_terms(new: torch.Tensor, row: dict[str, Any]) -> torch.Tensor:
+    old, target = row["values"], torch.tensor(row["returns"])
+    clipped = old + (new - old).clamp(-CLIP_VALUE, CLIP_VALUE)
+    return 0.5 * torch.maximum((new - target) ** 2, (clipped - target) ** 2)
+
+
+def adam(parameters: list[torch.Tensor], lr: float) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, eps=EPS)
+
+
+def minimize(optimizer: torch.optim.AdamW, parameters: list[torch.Tensor], loss: torch.Tensor) -> dict[str, float]:
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
+    optimizer.step()
+    return {"loss": float(loss), "grad_norm": float(norm)}
+
+
+def mean_of(rounds: list[dict[str, float]], role: str) -> dict[str, float]:
+    return {f"{role}/{key}": sum(numbers[key] for numbers in rounds) / len(rounds) for key in rounds[0]}
+
+
+class Solo:
+    """PPO in one process."""
+
+    def __init__(self, folders: dict[str, str], head: torch.nn.Linear) -> None:
+        self.actor = load_reference(folders["actor"])
+        self.reference = copy.deepcopy(self.actor)
+        self.critic = load_reference(folders["critic"])
+        self.critic.head = head
+        self.actor_parameters = list(self.actor.model.parameters())
+        self.critic_parameters = [*self.critic.model.model.parameters(), *head.parameters()]
+        self.actor_adam = adam(self.actor_parameters, ACTOR_LR)
+        self.critic_adam = adam(self.critic_parameters, CRITIC_LR)
+        self.kl_coef = KL_COEF
+
+    @torch.no_grad()
+    def prepare(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for sample, (reward, _) in zip(samples, score(samples), strict=True):
+            row: dict[str, Any] = {"sample": sample}
+            row["old"] = token_outputs(self.actor, sample)["log_probs"]
+            row["ref"] = token_outputs(self.reference, sample)["log_probs"]
+            row["values"] = token_outputs(self.critic, sample)["values"]
+            row["kl"] = row["old"] - row["ref"]
+            rewards = (-self.kl_coef * row["kl"]).tolist()
+            rewards[-1] += reward
+            row["advantages"], row["returns"] = advantages_of(rewards, row["values"].tolist())
+            rows.append(row)
+        every = torch.tensor([a for row in rows for a in row["advantages"]], dtype=torch.float64)
+        for row in rows:
+            row["advantages"] = [float((a - every.mean()) / (every.var() + 1e-8).sqrt()) for a in row["advantages"]]
+        error = float(torch.stack([row["kl"].mean() for row in rows]).mean()) / TARGET_KL - 1
+        self.kl_coef *= 1 + max(-0.2, min(0.2, error)) * len(rows) / (HORIZON * NUM_PROMPTS)
+        return rows
+
+    def step(self, samples: list[Sample]) -> dict[str, float]:
+        rows = self.prepare(samples)
+        parts = [rows[i : i + MINI] for _ in range(EPOCHS) for i in range(0, len(rows), MINI)]
+        critic = [self.update_critic(part) for part in parts]
+        actor = [self.update_actor(part) for part in parts]
+        return mean_of(actor, "actor") | mean_of(critic, "critic")
+
+    def update_actor(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        outputs = [token_outputs(self.actor, row["sample"]) for row in rows]
+        terms = [policy_terms(o["log_probs"], row, o["entropy"]) for o, row in zip(outputs, rows, strict=True)]
+        return minimize(self.actor_adam, self.actor_parameters, torch.cat(terms).mean())
+
+    def update_critic(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        terms = [value_terms(token_outputs(self.critic, row["sample"])["values"], row) for row in rows]
+        return minimize(self.critic_adam, self.critic_parameters, torch.cat(terms).mean())
+
+
+def value_head(folders: dict[str, str]) -> torch.nn.Linear:
+    """The head that every layout starts from, read off an engine of one rank."""
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        engine = build_engine(setups(folders, {}, {}, 1)[1])
+        head = engine._parts.chunks[-1].bare.output_layer
+        return head.weight.detach().clone(), head.bias.detach().clone()
+
+    weight, bias = run_on_ranks(read, 1)[0]
+    head = torch.nn.Linear(weight.shape[1], 1)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo_models")
+    return {
+        "actor": save_tiny_model(folder / "actor", "qwen2", vocab_size=VOCAB, kv_heads=4),
+        "critic": save_tiny_model(folder / "critic", "llama", vocab_size=VOCAB, kv_heads=8, hidden_size=64),
+    }
+
+
+@pytest.fixture(scope="module")
+def solo(folders):
+    ppo = Solo(folders, value_head(folders))
+    log = [ppo.step(record(seed)) for seed in range(STEPS)]
+    return log, {name: tensor.detach() for name, tensor in ppo.actor.model.state_dict().items()}
+
+
+def check(result: Any, expected: Any) -> None:
+    log, weights = result
+    expected_log, expected_weights = expected
+    for step, (metrics, wanted) in enumerate(zip(log, expected_log, strict=True), start=1):
+        for key, value in wanted.items():
+            assert metrics[key] == pytest.approx(value, abs=METRIC_TOLERANCE, rel=METRIC_TOLERANCE), (step, key)
+    for name, wanted in expected_weights.items():
+        torch.testing.assert_close(
+            weights[name], wanted, atol=WEIGHT_TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_one_rank_equals_the_single_process_reference(folders, solo):
+    result = run_on_ranks(lambda: train(folders, {}, {}, 1), 1)[0]
+    check(result, solo)
+    assert abs(result[0][-1]["actor/reward_kl_coef"] - KL_COEF) > 1e-4, "the adaptive controller did not act"
+    assert 0 < result[0][-1]["actor/clip_fraction"] < 1, "no token was clipped: the test would miss a wrong clip"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_the_single_process_reference(folders, solo, layout):
+    actor_axes, critic_axes = LAYOUTS[layout]
+    check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8), 8)[0], solo)
