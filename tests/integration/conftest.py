@@ -1,0 +1,6 @@
+"""Set before torch is imported: what the launcher's preload sets before it forks ranks on a CPU."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
