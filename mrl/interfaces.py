@@ -110,6 +110,10 @@ class RewardFn(Protocol):
         """Reward and named parts of each sample. A failing verifier raises RewardError naming the sample."""
         ...
 
+    def close(self) -> None:
+        """Stop what it started."""
+        ...
+
 
 class RewardError(RuntimeError):
     """A reward function raised or returned something that is not a finite number."""

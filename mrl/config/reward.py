@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mrl.config.checks import at_least, more_than
 from mrl.config.frozen import FrozenDict
@@ -32,7 +32,9 @@ class RewardConfig(Section):
     num_workers: int = 8
     """Samples scored at the same time."""
     timeout_s: float = 60.0
-    """Longest time for one sample, in seconds; a slower one is an error that names it."""
+    """Longest time for one sample, in seconds; a slower one counts as a failure."""
+    on_failure: Literal["raise", "zero"] = "raise"
+    """A sample whose scoring fails, hangs or gives no finite number ends the run, or scores 0 (`reward/failed`)."""
 
     def check(self) -> None:
         at_least(self, 1, "num_workers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -17,11 +18,14 @@ from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.config.algorithm import KLCtrlConfig
+from mrl.config.frozen import thaw
+from mrl.config.reward import RewardConfig
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.rendezvous import init_process_group
 from mrl.observability.console import setup_logging
 from mrl.observability.trackers import TrackerList, build_trackers
+from mrl.rewards.build import ConcurrentReward, build_reward_fn
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.trainer.inputs import RunInputs, count_steps
 from mrl.trainer.plan import RunPlan
@@ -29,7 +33,7 @@ from mrl.trainer.ppo import PPOSettings, PPOTrainer
 from mrl.trainer.roles import actor_setup, critic_setup, reference_setup
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size, updates_per_step
-from mrl.trainer.scoring import Scorer, reward_function
+from mrl.trainer.scoring import Scorer
 from mrl.trainer.validation import Validator
 from mrl.types import SamplingParams
 
@@ -100,7 +104,7 @@ def _start_engine(
         engine_kwargs={
             "chunked_prefill_size": rollout.max_num_batched_tokens,
             **arguments,
-            **rollout.engine_kwargs.sglang,
+            **thaw(rollout.engine_kwargs.sglang),
         },
     )
 
@@ -219,8 +223,20 @@ def _kl_controller(settings: KLCtrlConfig) -> KLController:
 
 
 def _build_scorer(config: PPOConfig, inputs: RunInputs, env: RankEnvironment) -> Scorer:
-    reward_fn = reward_function(config.reward) if env.rank == 0 else None
+    reward_fn = _reward_fn(config.reward) if env.rank == 0 else None
     return Scorer(reward_fn, inputs.tokenizer, source_rank=0)
+
+
+def _reward_fn(settings: RewardConfig) -> ConcurrentReward:
+    function = settings.custom_reward_function
+    return build_reward_fn(
+        path=function.path,
+        name=function.name,
+        reward_kwargs=thaw(function.reward_kwargs),
+        num_workers=min(settings.num_workers, os.cpu_count() or 1),
+        timeout_s=settings.timeout_s,
+        on_failure=settings.on_failure,
+    )
 
 
 def _validator(

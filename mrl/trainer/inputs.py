@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
 from mrl.data.loader import PromptLoader
 from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
+from mrl.rewards.rules import check_data_sources
 from mrl.trainer.plan import RunPlan
 
 
@@ -38,17 +40,22 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     """Tokenizer and prompts.
 
     Raises:
-        ValueError: files that are missing, empty or of the wrong form, or no prompt that fits.
+        ValueError: files that are missing, empty or of the wrong form, no prompt that fits, or a data source without
+            a reward.
     """
     # Ranks are forked from this process; the tokenizer's thread pool would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = config.actor_rollout_ref.model.tokenizer_path or plan.actor.model_path
     tokenizer = load_tokenizer(folder)
+    train = _load(config, plan.train_files, tokenizer, config.data.train_max_samples)
+    val = _load(config, plan.val_files, tokenizer, config.data.val_max_samples) if plan.val_files else None
+    if config.reward.custom_reward_function.path is None:
+        check_data_sources({prompt.data_source for prompt in (*train, *(val or ()))})
     return RunInputs(
         tokenizer=tokenizer,
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
-        train=_load(config, plan.train_files, tokenizer, config.data.train_max_samples),
-        val=_load(config, plan.val_files, tokenizer, config.data.val_max_samples) if plan.val_files else None,
+        train=train,
+        val=val,
     )
 
 
@@ -69,5 +76,5 @@ def _load(
         filter_overlong_prompts=data.filter_overlong_prompts,
         truncation=data.truncation,
         max_samples=max_samples,
-        apply_chat_template_kwargs=data.apply_chat_template_kwargs,
+        apply_chat_template_kwargs=thaw(data.apply_chat_template_kwargs),
     )

@@ -86,6 +86,7 @@ def plan_run(config: PPOConfig) -> RunPlan:
     if config.needs_reference:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
     _check_lengths(config, actor.spec, critic.spec)
+    _check_reward_file(config)
     return RunPlan(
         device=device,
         world_size=config.trainer.world_size,
@@ -183,6 +184,12 @@ def memory_per_rank(device: Device, ranks_per_host: int) -> int:
 
     pynvml.nvmlInit()
     return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+
+
+def _check_reward_file(config: PPOConfig) -> None:
+    path = config.reward.custom_reward_function.path
+    if path is not None and not Path(path).expanduser().is_file():
+        raise ValueError(f"reward.custom_reward_function.path = {path} does not exist; give a Python file")
 
 
 def _check_lengths(config: PPOConfig, actor: ModelSpec, critic: ModelSpec) -> None:

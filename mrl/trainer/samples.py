@@ -26,7 +26,7 @@ def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[st
     }
     for part in sorted({key for sample in samples for key in sample.reward_info}):
         values = [sample.reward_info[part] for sample in samples if part in sample.reward_info]
-        metrics[f"reward/{part}"] = sum(values) / len(values)
+        metrics[f"reward/{part.removeprefix('reward/')}"] = sum(values) / len(values)
     return {prefix + key: value for key, value in metrics.items()}
 
 
@@ -54,7 +54,7 @@ def _row(sample: Sample, step: int) -> dict[str, object]:
         "response": sample.response_text,
         "ground_truth": sample.prompt.ground_truth,
         "reward": sample.reward,
-        **{f"reward/{key}": value for key, value in sample.reward_info.items()},
+        "reward_info": sample.reward_info,
         "finish_reason": sample.generation.finish_reason,
         "weight_version": sample.generation.weight_version,
     }

@@ -37,18 +37,5 @@ class Scorer:
 
     def close(self) -> None:
         """Stop the reward function's workers."""
-        close = getattr(self._reward_fn, "close", None)
-        if close is not None:
-            close()
-
-
-def reward_function(config):
-    from mrl.rewards.rules import compute_score
-
-    def fn(samples):
-        return [
-            (compute_score(s.prompt.data_source, s.response_text, s.prompt.ground_truth, s.prompt.extra_info), {})
-            for s in samples
-        ]
-
-    return fn
+        if self._reward_fn is not None:
+            self._reward_fn.close()
