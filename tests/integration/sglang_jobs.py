@@ -158,7 +158,7 @@ def surroundings() -> dict[str, Any]:
         "children": [child.pid for child in psutil.Process().children(recursive=True)],
         "threads": sorted(Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")),
         "files": sorted(str(path) for path in Path(tempfile.gettempdir()).iterdir()),
-        "shared memory": sorted(path.name for path in Path("/dev/shm").glob("sglang*")),
+        "shared memory": sorted(path.name for path in Path("/dev/shm").glob("sgl*")),
         "environment": environment,
         "signals": {name: str(signal.getsignal(getattr(signal, name))) for name in ("SIGTERM", "SIGQUIT", "SIGINT")},
         "log handlers": [repr(handler) for handler in logging.getLogger().handlers],

@@ -32,6 +32,8 @@ _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 25
 _LINE_WIDTH = 300
 _KILL_WAIT_S = 30.0
+_SHM = Path("/dev/shm")
+"""Where tensor-parallel schedulers keep the queues they broadcast requests through, named by their process."""
 
 
 class ChildProcesses:
@@ -100,7 +102,8 @@ class ChildProcesses:
 
     def unlink_files(self) -> None:
         """Remove the engine's names from the file system, so that however this process ends, nothing is left."""
-        for path in self.files:
+        queues = [path for process in self.processes for path in _SHM.glob(f"sgl_shm_mq_{process.pid}_*")]
+        for path in [*self.files, *queues]:
             path.unlink(missing_ok=True)
         self.files = []
 
@@ -117,11 +120,12 @@ class ChildProcesses:
             process.join(_KILL_WAIT_S)
             if process.is_alive():
                 raise EngineError(f"engine process {process.pid} did not end {_KILL_WAIT_S:.0f} s after SIGKILL")
+        self.unlink_files()
+        for process in started:
             process.close()
         for reader in self.readers:
             reader.close()
         self.processes, self.readers = [], []
-        self.unlink_files()
         self._log.close()
 
 
