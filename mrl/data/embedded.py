@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tokenizers import AddedToken
 from transformers import (
@@ -27,6 +25,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from mrl.data.rows import write_rows
 from mrl.rewards.embedded import DATA_SOURCE
 
 PREFIX = "embedded:"
@@ -202,4 +201,4 @@ def _write_rows(path: Path, tasks: list[tuple[str, str]], split: str) -> None:
         }
         for index, (question, answer) in enumerate(tasks)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    write_rows(path, rows)
