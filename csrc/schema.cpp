@@ -22,12 +22,14 @@ at::Tensor build_tiles(const at::Tensor& descriptors, int64_t tile_bytes, const 
   TORCH_CHECK(descriptors.device().is_cpu(), "descriptors on ", descriptors.device(),
               " must be on cpu: tiles are cut there, once, and moved to the device");
   TORCH_CHECK(tile_bytes >= kMinTileBytes && tile_bytes <= kMaxTileBytes && tile_bytes % kMinTileBytes == 0,
-              "tile_bytes = ", tile_bytes, " must be a multiple of ", kMinTileBytes, " of at most ", kMaxTileBytes);
+              "tile_bytes = ", text(tile_bytes), " must be a multiple of ", text(kMinTileBytes), " of at most ",
+              text(kMaxTileBytes));
   if (sources) {
     TORCH_CHECK(sources->device().is_cpu() && sources->scalar_type() == at::kLong && sources->is_contiguous() &&
                     sources->dim() == 1 && sources->size(0) == descriptors.size(0),
-                "sources ", sources->sizes(), " ", sources->scalar_type(), " on ", sources->device(),
-                " must be contiguous int64 [", descriptors.size(0), "] on cpu: one source for each operation");
+                "sources ", text(sources->sizes()), " ", c10::toString(sources->scalar_type()), " on ",
+                sources->device().str(), " must be contiguous int64 [", text(descriptors.size(0)),
+                "] on cpu: one source for each operation");
   }
   const auto* ops = reinterpret_cast<const cpu::Descriptor*>(descriptors.const_data_ptr<int64_t>());
   const std::string error = cpu::find_error(ops, descriptors.size(0));
@@ -78,8 +80,9 @@ at::Tensor checksum(const at::Tensor& tiles, bool of_source) {
 }
 
 at::Tensor tensor_from_ptr(int64_t pointer, int64_t num_bytes, at::Device device) {
-  TORCH_CHECK(pointer > 0 && num_bytes > 0, "there is no memory of ", num_bytes, " bytes at address ", pointer);
-  // The target device is given, not asked of the pointer: memory of a peer counts as memory of the device it is read on.
+  TORCH_CHECK(pointer > 0 && num_bytes > 0, "there is no memory of ", text(num_bytes), " bytes at address ",
+              text(pointer));
+  // The target device is given, not asked of the pointer: a peer's memory counts as memory of the device that reads it.
   return at::for_blob(reinterpret_cast<void*>(pointer), {num_bytes})
       .options(at::TensorOptions(at::kByte).device(device))
       .target_device(device)

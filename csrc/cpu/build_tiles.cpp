@@ -119,7 +119,8 @@ std::vector<Tile> interleave(std::map<int64_t, Queue>& queues) {
 std::string find_error(const Descriptor* ops, int64_t num_ops) {
   for (int64_t i = 0; i < num_ops; ++i) {
     const Descriptor& op = ops[i];
-    const bool strided = op.rows <= 1 || ((op.src == 0 || op.src_pitch >= op.row_bytes) && op.dst_pitch >= op.row_bytes);
+    const bool src_apart = op.src == 0 || op.src_pitch >= op.row_bytes;
+    const bool strided = op.rows <= 1 || (src_apart && op.dst_pitch >= op.row_bytes);
     if (op.src >= 0 && op.dst > 0 && op.rows > 0 && op.row_bytes > 0 && strided) continue;
     return "operation " + std::to_string(i) + " (src " + std::to_string(op.src) + ", src_pitch " +
            std::to_string(op.src_pitch) + ", dst " + std::to_string(op.dst) + ", dst_pitch " +

@@ -1,18 +1,14 @@
+#include <type_traits>
+
 #include "mrl/tiles_cuda.h"
 #include "tile_stream.cuh"
 
 namespace mrl::cuda {
 namespace {
 
-// Measured on an H100 (docs/csrc.md): large blocks keep few memory pages open at a time; cache hints made it slower.
-#ifndef MRL_THREADS
-#define MRL_THREADS 512
-#endif
-#ifndef MRL_UNROLL
-#define MRL_UNROLL 4
-#endif
-constexpr int kThreads = MRL_THREADS;
-constexpr int kUnroll = MRL_UNROLL;
+// Measured on an H100, as the absence of cache hints: docs/csrc.md.
+constexpr int kThreads = 512;
+constexpr int kUnroll = 4;
 
 template <bool kChecksum, typename Word>
 __device__ __forceinline__ void copy_tile(const Tile& tile, uint64_t& sum) {

@@ -1,5 +1,7 @@
 #include "mrl/checksum.h"
 
+#include <type_traits>
+
 #include "mrl/tiles_cuda.h"
 #include "tile_stream.cuh"
 

@@ -8,6 +8,8 @@
 
 #include <cstring>
 
+#include "mrl/checks.h"
+
 namespace mrl::cuda {
 namespace {
 
@@ -24,7 +26,7 @@ CUdeviceptr allocation_base(CUdeviceptr pointer) {
   std::size_t size = 0;
   const auto error = reinterpret_cast<CUresult (*)(CUdeviceptr*, std::size_t*, CUdeviceptr)>(function)(
       &base, &size, pointer);
-  TORCH_CHECK(error == CUDA_SUCCESS, "cuMemGetAddressRange failed with CUDA driver error ", static_cast<int>(error));
+  TORCH_CHECK(error == CUDA_SUCCESS, "cuMemGetAddressRange failed with CUDA driver error ", text(error));
   return base;
 }
 
@@ -37,7 +39,8 @@ at::Device checked_device(at::Device device) {
 }  // namespace
 
 std::tuple<at::Tensor, int64_t> ipc_export(const at::Tensor& memory) {
-  TORCH_CHECK(memory.is_cuda() && memory.nbytes() > 0, "memory of ", memory.nbytes(), " bytes on ", memory.device(),
+  const auto nbytes = static_cast<int64_t>(memory.nbytes());
+  TORCH_CHECK(memory.is_cuda() && nbytes > 0, "memory of ", text(nbytes), " bytes on ", memory.device(),
               " must be at least one byte on a CUDA device");
   const c10::cuda::CUDAGuard guard(memory.device());
   const auto pointer = reinterpret_cast<CUdeviceptr>(memory.const_data_ptr());
@@ -46,7 +49,7 @@ std::tuple<at::Tensor, int64_t> ipc_export(const at::Tensor& memory) {
   const cudaError_t error = cudaIpcGetMemHandle(&handle, reinterpret_cast<void*>(base));
   if (error != cudaSuccess) {
     cudaGetLastError();
-    TORCH_CHECK(false, "cannot export ", memory.nbytes(), " bytes on ", memory.device(), " to other processes: ",
+    TORCH_CHECK(false, "cannot export ", text(nbytes), " bytes on ", memory.device(), " to other processes: ",
                 cudaGetErrorString(error),
                 ". CUDA IPC handles exist for cudaMalloc memory only, not for mapped (VMM) memory: allocate trainer "
                 "parameters with expandable_segments:False in PYTORCH_CUDA_ALLOC_CONF, outside torch_memory_saver "
@@ -60,8 +63,8 @@ std::tuple<at::Tensor, int64_t> ipc_export(const at::Tensor& memory) {
 int64_t ipc_open(const at::Tensor& handle, at::Device device) {
   TORCH_CHECK(handle.device().is_cpu() && handle.scalar_type() == at::kByte && handle.is_contiguous() &&
                   handle.dim() == 1 && handle.size(0) == kHandleBytes,
-              "handle ", handle.sizes(), " ", handle.scalar_type(), " on ", handle.device(),
-              " must be contiguous uint8 [", kHandleBytes, "] on cpu, as ipc_export returns it");
+              "handle ", text(handle.sizes()), " ", c10::toString(handle.scalar_type()), " on ", handle.device(),
+              " must be contiguous uint8 [", text(kHandleBytes), "] on cpu, as ipc_export returns it");
   const at::Device own = checked_device(device);
   const c10::cuda::CUDAGuard guard(own);
   cudaIpcMemHandle_t raw;

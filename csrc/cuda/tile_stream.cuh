@@ -119,14 +119,14 @@ __device__ __forceinline__ void with_access_type(const Tile& tile, Work work) {
   }
 }
 
-// Adds the sum over the block's threads to `*total`. Called by all threads of the block.
+// Adds the sum over the block's threads to `*total`, one atomic for each warp. Called by all threads of the block.
 __device__ __forceinline__ void add_block_sum(uint64_t value, uint64_t* total) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, lanes);
   if (threadIdx.x % 32 == 0) atomicAdd(reinterpret_cast<unsigned long long*>(total), value);
 }
 
-// Blocks that fill the device `kernel` runs on; 0 on error, which stays the last error.
+// Sets `blocks` to as many as are resident on the current device at once, at most one for each tile.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel kernel, int threads, int64_t num_tiles, int& blocks) {
   int device = 0;

@@ -23,13 +23,15 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 COMPILE_FLAGS = ["-O3", "-std=c++20"]
+OPENMP = ["-fopenmp"]
+"""What at::parallel_for needs to use threads."""
 BUILT_AT_INSTALL = _PACKAGE / "_ops.so"
 
 
 @functools.cache
 def backend() -> Any:
     """The namespace that holds the ops: `torch.ops.mrl`, or `mrl.ops.reference` with one warning."""
-    if BUILT_AT_INSTALL.exists():
+    if _installed_is_current():
         return load(BUILT_AT_INSTALL)
     missing = _missing_for_build()
     if not missing:
@@ -95,8 +97,9 @@ def _compile(library: Path, with_cuda: bool) -> None:
         library.stem,
         source_files(sources, with_cuda=with_cuda),
         extra_include_paths=[str(sources / "include")],
-        extra_cflags=COMPILE_FLAGS,
+        extra_cflags=[*COMPILE_FLAGS, *OPENMP],
         extra_cuda_cflags=COMPILE_FLAGS,
+        extra_ldflags=OPENMP,
         build_directory=str(work),
         with_cuda=with_cuda,
         is_python_module=False,
@@ -104,6 +107,15 @@ def _compile(library: Path, with_cuda: bool) -> None:
     )
     # A library of this name is always whole, however a build ends.
     (work / library.name).replace(library)
+
+
+def _installed_is_current() -> bool:
+    """Whether install built the extension, and from the present sources: those of a checkout may have changed."""
+    if not BUILT_AT_INSTALL.exists():
+        return False
+    built = BUILT_AT_INSTALL.stat().st_mtime
+    checkout = source_folder() != _PACKAGE / "csrc"
+    return not checkout or all(path.stat().st_mtime <= built for path in source_folder().rglob("*.*"))
 
 
 def _missing_for_build() -> str:
@@ -118,7 +130,7 @@ def _missing_for_build() -> str:
 
 
 def _build_name(with_cuda: bool) -> str:
-    digest = hashlib.sha256(" ".join([torch.__version__, *COMPILE_FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([torch.__version__, *COMPILE_FLAGS, *OPENMP]).encode())
     if with_cuda:
         digest.update(str(torch.cuda.get_device_capability() if torch.cuda.is_available() else "").encode())
         digest.update(os.environ.get("TORCH_CUDA_ARCH_LIST", "").encode())
