@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 from mrl.ops import fake, reference
 
@@ -88,6 +87,9 @@ def build(*, with_cuda: bool, folder: Path | None = None) -> Path:
 
 
 def _compile(library: Path, with_cuda: bool) -> None:
+    # Not at file top: it warns on every host without a device, and takes a second.
+    from torch.utils import cpp_extension
+
     work = library.parent / "objects"
     work.mkdir(exist_ok=True)
     # torch's own lock file outlives a killed build and then blocks for ever; ours guards the folder already.
@@ -122,6 +124,8 @@ def _missing_for_build() -> str:
     """What a build at first use lacks here, or empty."""
     if not torch.cuda.is_available():
         return "a CUDA device"
+    from torch.utils import cpp_extension
+
     if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
         return "nvcc (the CUDA toolkit; set CUDA_HOME)"
     if not source_folder().is_dir():
