@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mrl.reshard.errors import ReshardError
+from mrl.reshard.execute_torch import TorchCopies
 from mrl.reshard.layout import SourceRank, targets_of
-from mrl.reshard.operations import CopyOp
 from mrl.reshard.plan import Plan
 from mrl.reshard.transport import open_buffer
 
 BufferKey = tuple[int, int]
 """(trainer rank, index into its buffers)."""
-
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -33,7 +31,19 @@ class PullResult:
     """Copy and verification."""
     verify_seconds: float
     checksum: int
-    """Sum of all words that arrived, modulo 2^64; equal weights under one plan give equal sums."""
+    """Of all that arrived, modulo 2^64; equal weights under one plan on one kind of device give equal sums."""
+
+
+class Copies(Protocol):
+    """A plan's operations bound to memory."""
+
+    def run(self) -> None:
+        """Copy and fill; returns when the bytes have arrived."""
+        ...
+
+    def verify(self) -> int:
+        """`PullResult.checksum` of what arrived; ReshardError, naming the parameter, if it is not what was sent."""
+        ...
 
 
 def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, Tensor]:
@@ -44,36 +54,34 @@ def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, T
 
 
 class Puller:
-    """A plan bound to memory: views are made once, each `pull` only copies.
+    """A plan bound to memory: what a copy needs is prepared once, each `pull` only copies.
+
+    On CUDA the whole plan is one launch of the compiled kernel; where that cannot be built, and on CPU, torch copies.
 
     Args:
-        buffers: [num_bytes] uint8 of every trainer buffer the plan reads; see `open_sources`.
+        buffers: [num_bytes] uint8 of every trainer buffer the plan reads, on the parameters' device; `open_sources`.
         params: the engine rank's live parameters by name.
 
     Raises:
-        ValueError: the parameters are not those the plan was made for, or a buffer is missing.
+        ValueError: the parameters are not those the plan was made for, or a buffer is missing or too short.
     """
 
     def __init__(self, plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> None:
-        names = [target.name for target in plan.targets]
         _check_same_params(plan, params)
-        missing = sorted({(op.src_rank, op.src_buffer) for op in plan.copies} - set(buffers))
-        if missing:
-            raise ValueError(f"buffers {missing} (trainer rank, index) are in the plan but were not opened")
-        flat = {name: params[name].detach().view(-1).view(torch.uint8) for name in names}
+        _check_buffers(plan, buffers)
+        names = [target.name for target in plan.targets]
         self._plan = plan
         self._places = [(params[name], params[name].data_ptr()) for name in names]
-        self._names = [op.dst_param for op in plan.copies]
-        self._pairs = [_views(op, buffers[op.src_rank, op.src_buffer], flat[op.dst_param]) for op in plan.copies]
-        self._tails = [flat[fill.dst_param].narrow(0, fill.dst_offset, fill.num_bytes) for fill in plan.fills]
+        self._copies = _bind(plan, buffers, {name: params[name].detach().view(-1).view(torch.uint8) for name in names})
 
     @torch.no_grad()
     def pull(self) -> PullResult:
         """Overwrite every parameter with the trainer's current weights; returns when the bytes have arrived.
 
-        The trainer must not write its parameters meanwhile; if it does, the checksums differ. They are sums of the
-        copied words per copy: a lost, stale or torn copy is seen (up to 2^-64 by chance for random words), a
-        permutation of words inside one copy is not.
+        The trainer must not write its parameters meanwhile. What arrived is compared with what was sent by checksums:
+        a lost, stale or overwritten copy is seen. On CPU these are sums of the words of each copy, taken after it, so
+        that a write by the trainer is seen too, but a permutation of words inside one copy is not; on CUDA each word
+        counts with its position, and the sent side is what the copy read.
 
         Raises:
             ReshardError: a parameter's memory moved since this puller was made, and nothing was copied; or a
@@ -81,16 +89,13 @@ class Puller:
         """
         self._check_in_place()
         start = time.perf_counter()
-        for target, source in self._pairs:
-            target.copy_(source)
-        for tail in self._tails:
-            tail.zero_()
+        self._copies.run()
         verify_start = time.perf_counter()
-        checksum = self._verify()
+        checksum = self._copies.verify()
         end = time.perf_counter()
         return PullResult(
             bytes=self._plan.stats.bytes,
-            ops=len(self._pairs) + len(self._tails),
+            ops=self._plan.stats.copies + self._plan.stats.fills,
             seconds=end - start,
             verify_seconds=end - verify_start,
             checksum=checksum,
@@ -101,17 +106,25 @@ class Puller:
             if param.data_ptr() != place:
                 raise ReshardError(f"the engine moved parameter {target.name} since the plan was bound; bind it again")
 
-    def _verify(self) -> int:
-        # Sums stay on the device until all are done: one transfer on a GPU.
-        sent = torch.stack([source.sum(dtype=torch.int64) for _, source in self._pairs]).tolist()
-        arrived = torch.stack([target.sum(dtype=torch.int64) for target, _ in self._pairs]).tolist()
-        for name, expected, found in zip(self._names, sent, arrived, strict=True):
-            if expected != found:
-                raise ReshardError(
-                    f"parameter {name}: checksum {found:#x} of what arrived differs from {expected:#x} of what the "
-                    "trainer holds; it changed its weights during the pull, or memory was corrupted. Pull again"
-                )
-        return sum(arrived) % 2**64
+
+def _bind(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> Copies:
+    if next(iter(params.values())).is_cuda:
+        # Imported here: it looks for a compiler, and says so where there is none.
+        from mrl.reshard.cuda_copies import CudaCopies, is_compiled
+
+        if is_compiled():
+            return CudaCopies(plan, buffers, params)
+    return TorchCopies(plan, buffers, params)
+
+
+def _check_buffers(plan: Plan, buffers: Mapping[BufferKey, Tensor]) -> None:
+    missing = sorted({(op.src_rank, op.src_buffer) for op in plan.copies} - set(buffers))
+    if missing:
+        raise ValueError(f"buffers {missing} (trainer rank, index) are in the plan but were not opened")
+    for op in plan.copies:
+        size = buffers[op.src_rank, op.src_buffer].numel()
+        if op.src_offset < 0 or op.src_offset + (op.rows - 1) * op.src_pitch + op.row_bytes > size:
+            raise ValueError(f"{op} reads past its buffer of {size} bytes")
 
 
 def _check_same_params(plan: Plan, params: Mapping[str, Tensor]) -> None:
@@ -121,22 +134,3 @@ def _check_same_params(plan: Plan, params: Mapping[str, Tensor]) -> None:
     for planned, live in zip(plan.targets, targets_of((t.name, params[t.name]) for t in plan.targets), strict=True):
         if planned != live:
             raise ValueError(f"the plan was made for {planned}, but the module holds {live}; build the plan again")
-
-
-def _views(op: CopyOp, buffer: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
-    """(target, source) of one copy as [rows, words] views of the widest word that both sides are aligned to."""
-    if op.src_offset < 0 or op.src_offset + (op.rows - 1) * op.src_pitch + op.row_bytes > buffer.numel():
-        raise ValueError(f"{op} reads past its buffer of {buffer.numel()} bytes")
-    strides = (op.src_pitch, op.dst_pitch) if op.rows > 1 else ()
-    places = (buffer.data_ptr() + op.src_offset, param.data_ptr() + op.dst_offset)
-    word = math.gcd(8, op.row_bytes, *strides, *places)
-    return (
-        _word_view(param, op.dst_offset, op.dst_pitch, op.rows, op.row_bytes, word),
-        _word_view(buffer, op.src_offset, op.src_pitch, op.rows, op.row_bytes, word),
-    )
-
-
-def _word_view(memory: Tensor, offset: int, pitch: int, rows: int, row_bytes: int, word: int) -> Tensor:
-    span = (rows - 1) * pitch + row_bytes
-    words = memory.narrow(0, offset, span).view(_WORDS[word])
-    return words.as_strided((rows, row_bytes // word), (pitch // word, 1))

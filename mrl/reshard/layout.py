@@ -52,7 +52,7 @@ class SourceRank:
     tp_size: int
     host: str
     device: int
-    """CUDA device index on its host; -1 on CPU."""
+    """Number of its GPU on its host, see `mrl.reshard.transport.device_number`; -1 on CPU."""
     dtype: str
     """Torch's name: "float32", "bfloat16"."""
     buffers: tuple[SourceBuffer, ...]

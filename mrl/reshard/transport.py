@@ -2,7 +2,7 @@
 
 A handle is a string "<scheme>:<rest>"; each scheme has one opener. On CPU a storage is moved, in place, into an
 anonymous shared mapping: every tensor on it follows, nothing has a name in a file system, and the kernel frees it with
-the last process that maps it, however that process ends.
+the last process that maps it, however that process ends. CUDA memory stays where it is; see `cuda_transport`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -18,22 +19,29 @@ from mrl.reshard.errors import ReshardError
 from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank
 
 _SHM = "shm"
+_CUDA_IPC = "cuda_ipc"
 
 
 def export_storage(memory: Tensor | UntypedStorage) -> SourceBuffer:
-    """Move a CPU storage into shared memory and return its handle; a second call returns the same one.
+    """The handle under which other processes open a storage; a second call returns the same one.
 
-    All tensors on the storage see the move; raw pointers taken before it (numpy views, `data_ptr()`) are stale.
-    The handle is valid while the storage lives. Children forked later inherit the memory.
+    A CPU storage is moved into shared memory. All tensors on it see the move; raw pointers taken before it (numpy
+    views, `data_ptr()`) are stale. Children forked later inherit the memory. The handle is valid while the storage
+    lives; CUDA memory must not be freed before its readers have closed it.
 
     Raises:
-        ValueError: the storage is empty or not on the CPU.
+        ValueError: the storage is empty, on neither CPU nor CUDA, or CUDA memory that has no handle.
     """
     storage = memory.untyped_storage() if isinstance(memory, Tensor) else memory
-    if storage.device.type != "cpu":
-        raise ValueError(f"no transport exports memory on {storage.device}; only CPU storages can be shared")
     if storage.nbytes() == 0:
         raise ValueError("cannot export an empty storage; export after the parameters are allocated")
+    if storage.device.type == "cuda":
+        # Imported here: it looks for a compiler, and says so where there is none.
+        from mrl.reshard.cuda_transport import export_cuda_storage
+
+        return export_cuda_storage(storage)
+    if storage.device.type != "cpu":
+        raise ValueError(f"no transport exports memory on {storage.device}; only CPU and CUDA storages can be shared")
     # Not share_memory_(): it may use named files in /dev/shm, which stay after a kill. This file is already unlinked.
     descriptor, num_bytes = storage._share_fd_cpu_()[:2]
     inode = os.fstat(descriptor).st_ino
@@ -42,6 +50,8 @@ def export_storage(memory: Tensor | UntypedStorage) -> SourceBuffer:
 
 def open_buffer(buffer: SourceBuffer) -> Tensor:
     """The exported bytes as a tensor that shares the owner's memory. [num_bytes] uint8; only read it.
+
+    CUDA memory, a peer's too, is opened on this process's current device, once for the process.
 
     Raises:
         ReshardError: the owner died or freed the memory, this process may not open it, or the scheme is unknown.
@@ -52,15 +62,35 @@ def open_buffer(buffer: SourceBuffer) -> Tensor:
     return _OPENERS[scheme](buffer)
 
 
+def close_buffers() -> None:
+    """Unmap the CUDA memory that this process has opened; tensors on it must not be used any more.
+
+    Shared CPU memory is unmapped with its last tensor.
+    """
+    if torch.cuda.is_initialized():
+        from mrl.reshard.cuda_transport import close_cuda_buffers
+
+        close_cuda_buffers()
+
+
+def device_number(device: torch.device) -> int:
+    """A number for a GPU that is the same in every process of its host, whatever it may see; -1 for the CPU."""
+    if device.type != "cuda":
+        return -1
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.pci_domain_id << 16 | properties.pci_bus_id << 8 | properties.pci_device_id
+
+
 def export_source(
     named_parameters: Iterable[tuple[str, Tensor]], *, rank: int, tp_rank: int, tp_size: int, host: str, device: int
 ) -> SourceRank:
     """Export the storages under a trainer rank's parameters, each storage once.
 
-    Each storage costs one file descriptor: keep parameters in a few flat buffers.
+    Each storage costs one handle (on CPU a file descriptor): keep parameters in a few flat buffers.
 
     Args:
         named_parameters: Megatron's names with global layer numbers, and contiguous tensors of one dtype.
+        device: `device_number` of theirs.
 
     Raises:
         ValueError: no parameters, several dtypes, or a parameter that is not contiguous.
@@ -112,4 +142,14 @@ def _open_shared_memory(buffer: SourceBuffer) -> Tensor:
         ) from error
 
 
-_OPENERS: dict[str, Callable[[SourceBuffer], Tensor]] = {_SHM: _open_shared_memory}
+def _open_cuda(buffer: SourceBuffer) -> Tensor:
+    if not torch.cuda.is_available():
+        raise ReshardError(
+            f"the trainer's weights are CUDA memory ({buffer.handle[:40]}...), but this process has no GPU"
+        )
+    from mrl.reshard.cuda_transport import open_cuda_buffer
+
+    return open_cuda_buffer(buffer)
+
+
+_OPENERS: dict[str, Callable[[SourceBuffer], Tensor]] = {_SHM: _open_shared_memory, _CUDA_IPC: _open_cuda}

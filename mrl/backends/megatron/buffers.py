@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrl.backends.megatron.model import ModelChunk
 from mrl.reshard.layout import SourceRank
-from mrl.reshard.transport import export_source
+from mrl.reshard.transport import device_number, export_source
 
 _ALIGNMENT_BYTES = 256
 
@@ -51,7 +51,8 @@ class ExportedWeights:
     def source(self) -> SourceRank:
         """Where this rank's parameters lie, for engines that pull them; the same on every call.
 
-        The first call moves CPU storages into shared memory. Called when no other process is computing with them.
+        The first call moves CPU storages into shared memory; CUDA memory stays. Called when no other process is
+        computing with them.
         """
         named = [item for chunk in self._chunks for item in chunk.named_parameters()]
         if self._source is None:
@@ -61,7 +62,7 @@ class ExportedWeights:
                 tp_rank=self._tp_rank,
                 tp_size=self._tp_size,
                 host=socket.gethostname(),
-                device=torch.cuda.current_device() if torch.cuda.is_available() else -1,
+                device=device_number(named[0][1].device),
             )
             self._addresses = {name: parameter.data_ptr() for name, parameter in named}
         moved = [name for name, parameter in named if parameter.data_ptr() != self._addresses[name]]

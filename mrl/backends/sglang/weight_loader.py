@@ -27,6 +27,7 @@ from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.layout import SourceRank, targets_of
 from mrl.reshard.plan import build_plan
 from mrl.reshard.spec import ModelSpec
+from mrl.reshard.transport import close_buffers, device_number
 
 PATH = "mrl.backends.sglang.weight_loader.load"
 """What `custom_weight_loader` and `load_format` are set to."""
@@ -58,6 +59,7 @@ def _pull(model: nn.Module, control: Mapping[str, Any]) -> None:
     key = control["layout"]
     if "sources" in control:
         _pullers.clear()
+        close_buffers()
         _pullers[key] = _build_puller(model, control)
     if key not in _pullers:
         raise ValueError(f"this engine rank has no plan of source layout {key}; send spec and sources first")
@@ -71,7 +73,6 @@ def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
     tp_rank, tp_size = _tp_rank_and_size()
     sources = [SourceRank.from_json(source) for source in control["sources"]]
     params = dict(model.named_parameters())
-    device = next(model.parameters()).device
     plan = build_plan(
         ModelSpec.from_json(control["spec"]),
         sources,
@@ -79,7 +80,7 @@ def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
         tp_rank=tp_rank,
         tp_size=tp_size,
         host=socket.gethostname(),
-        device=device.index if device.type == "cuda" else -1,
+        device=device_number(next(model.parameters()).device),
     )
     return Puller(plan, open_sources(plan, sources), params)
 
