@@ -8,8 +8,8 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+from mrl.config.inert import find_inert_on_cpu
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
 from mrl.interfaces import EngineError, RewardError
@@ -54,8 +54,7 @@ def _launch_local(config: PPOConfig) -> int:
     start = time.perf_counter()
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
-    show_table("PPO", plan.rows())
-    _prepare_run_dir(config, plan.run_dir)
+    _announce(config, plan)
     logger.info("importing Megatron and SGLang once, then forking %d ranks", plan.world_size)
     rank_main = _preload(config, plan, inputs)
     try:
@@ -80,8 +79,7 @@ def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:
-        show_table("PPO", plan.rows())
-        _prepare_run_dir(config, plan.run_dir)
+        _announce(config, plan)
     _preload(config, plan, inputs)(env)
     if env.rank == 0:
         show_table("Result", summarize_run(plan.run_dir))
@@ -101,11 +99,16 @@ def _preload(config: PPOConfig, plan: RunPlan, inputs: RunInputs) -> Callable[[R
     return partial(run_rank, config, plan, inputs)
 
 
-def _prepare_run_dir(config: PPOConfig, run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = run_dir / "metrics.jsonl"
+def _announce(config: PPOConfig, plan: RunPlan) -> None:
+    """Show what will run and make its folder; what an earlier run wrote there is kept."""
+    show_table("PPO", plan.rows())
+    if plan.device == "cpu" and config.trainer.device == "auto":
+        for line in find_inert_on_cpu(config):
+            logger.warning(line)
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = plan.run_dir / "metrics.jsonl"
     if metrics.exists():
-        older = run_dir / time.strftime("metrics.until-%Y%m%d-%H%M%S.jsonl")
+        older = plan.run_dir / time.strftime("metrics.until-%Y%m%d-%H%M%S.jsonl")
         metrics.rename(older)
         logger.info("metrics of an earlier run are kept as %s", older)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, plan.run_dir / "config.yaml")

@@ -32,7 +32,7 @@ from mrl.trainer.plan import RunPlan
 from mrl.trainer.ppo import PPOSettings, PPOTrainer
 from mrl.trainer.roles import actor_setup, critic_setup, reference_setup
 from mrl.trainer.samples import SampleWriter
-from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size, updates_per_step
+from mrl.trainer.schedules import updates_per_step
 from mrl.trainer.scoring import Scorer
 from mrl.trainer.validation import Validator
 from mrl.types import SamplingParams
@@ -117,12 +117,11 @@ def _join(
     sglang: SGLangEngine | None,
     stack: ExitStack,
 ) -> PPOTrainer:
-    prompts = inputs.prompt_loader(config)
+    prompts = inputs.prompts
     total_steps = count_steps(config, prompts)
     samples_per_step = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
-    actor_updates, critic_updates = actor_schedule(config, plan), critic_schedule(config, plan)
-    per_actor_step = updates_per_step(actor_updates, samples_per_step)
-    per_critic_step = updates_per_step(critic_updates, samples_per_step)
+    per_actor_step = updates_per_step(plan.actor_schedule, samples_per_step)
+    per_critic_step = updates_per_step(plan.critic_schedule, samples_per_step)
 
     def build(setup: RoleSetup) -> MegatronEngine:
         engine = build_engine(setup)
@@ -154,9 +153,9 @@ def _join(
         policy_objective=_policy_objective(config),
         value_objective=_value_objective(config),
         kl_controller=_kl_controller(config.algorithm.kl_ctrl),
-        actor_schedule=actor_updates,
-        critic_schedule=critic_updates,
-        ref_micro_batch_size=reference_micro_batch_size(config, plan),
+        actor_schedule=plan.actor_schedule,
+        critic_schedule=plan.critic_schedule,
+        ref_micro_batch_size=plan.ref_micro_batch_size,
         pad_token_id=int(inputs.tokenizer.pad_token_id),
         validator=_validator(config, plan, inputs, rollout, scorer, env),
         sample_writer=_sample_writer(config.trainer.rollout_data_dir, plan.run_dir / "samples" / "train", env),

@@ -22,26 +22,17 @@ class RunInputs:
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
-    train: PromptDataset
+    prompts: PromptLoader
+    """Training prompts in the configured order."""
     val: PromptDataset | None
-
-    def prompt_loader(self, config: PPOConfig) -> PromptLoader:
-        """Training prompts in the configured order.
-
-        Raises:
-            ValueError: fewer prompts than data.train_batch_size.
-        """
-        data = config.data
-        seed = config.trainer.seed if data.seed is None else data.seed
-        return PromptLoader(self.train.prompts, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed)
 
 
 def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     """Tokenizer and prompts.
 
     Raises:
-        ValueError: files that are missing, empty or of the wrong form, no prompt that fits, or a data source without
-            a reward.
+        ValueError: files that are missing, empty or of the wrong form, no prompt that fits, fewer prompts than a
+            batch, or a data source without a reward.
     """
     # Ranks are forked from this process; the tokenizer's thread pool would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -49,12 +40,14 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     tokenizer = load_tokenizer(folder)
     train = _load(config, plan.train_files, tokenizer, config.data.train_max_samples)
     val = _load(config, plan.val_files, tokenizer, config.data.val_max_samples) if plan.val_files else None
+    data = config.data
+    seed = config.trainer.seed if data.seed is None else data.seed
     if config.reward.custom_reward_function.path is None:
         check_data_sources({prompt.data_source for prompt in (*train, *(val or ()))})
     return RunInputs(
         tokenizer=tokenizer,
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
-        train=train,
+        prompts=PromptLoader(train.prompts, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed),
         val=val,
     )
 

@@ -19,6 +19,8 @@ from mrl.data.embedded import resolve_embedded
 from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout, choose_layout
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec, load_spec
+from mrl.trainer.ppo import UpdateSchedule
+from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
 
 Device = Literal["cpu", "cuda"]
 
@@ -53,6 +55,9 @@ class RunPlan:
     reference: RolePlan | None
     rollout_tp: int
     num_engines: int
+    actor_schedule: UpdateSchedule
+    critic_schedule: UpdateSchedule
+    ref_micro_batch_size: int
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
 
@@ -96,6 +101,9 @@ def plan_run(config: PPOConfig) -> RunPlan:
         reference=reference,
         rollout_tp=shared.rollout.tensor_model_parallel_size,
         num_engines=_count_engines(config, actor.spec, device),
+        actor_schedule=actor_schedule(config, actor.layout.dp),
+        critic_schedule=critic_schedule(config, critic.layout.dp),
+        ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
         train_files=files.data(config.data.train_files),
         val_files=files.data(config.data.val_files) if config.trainer.validates else (),
     )

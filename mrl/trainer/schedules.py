@@ -1,21 +1,19 @@
-"""How many samples each role takes at a time, from the configuration and the layouts."""
+"""How many samples each role takes at a time, from the configuration and the role's number of data-parallel ranks."""
 
 from __future__ import annotations
 
 from mrl.config.batch import check_mini_batch, resolve_micro_batch_size
 from mrl.config.schema import PPOConfig
-from mrl.trainer.plan import RunPlan
 from mrl.trainer.ppo import UpdateSchedule
 
 
-def actor_schedule(config: PPOConfig, plan: RunPlan) -> UpdateSchedule:
+def actor_schedule(config: PPOConfig, dp_size: int) -> UpdateSchedule:
     """The actor's mini-batches and micro-batches.
 
     Raises:
         ConfigError: a size is not set or does not divide.
     """
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    dp_size = plan.actor.layout.dp
     micro_batch_size = resolve_micro_batch_size(
         actor.ppo_micro_batch_size_per_gpu,
         actor.ppo_micro_batch_size,
@@ -44,13 +42,13 @@ def actor_schedule(config: PPOConfig, plan: RunPlan) -> UpdateSchedule:
     )
 
 
-def critic_schedule(config: PPOConfig, plan: RunPlan) -> UpdateSchedule:
+def critic_schedule(config: PPOConfig, dp_size: int) -> UpdateSchedule:
     """The critic's mini-batches and micro-batches.
 
     Raises:
         ConfigError: a size is not set or does not divide.
     """
-    critic, dp_size = config.critic, plan.critic.layout.dp
+    critic = config.critic
     micro_batch_size = resolve_micro_batch_size(
         critic.ppo_micro_batch_size_per_gpu,
         critic.ppo_micro_batch_size,
@@ -71,19 +69,17 @@ def critic_schedule(config: PPOConfig, plan: RunPlan) -> UpdateSchedule:
     )
 
 
-def reference_micro_batch_size(config: PPOConfig, plan: RunPlan) -> int:
-    """Samples per forward pass of the reference; 1 where there is none.
+def reference_micro_batch_size(config: PPOConfig, dp_size: int) -> int:
+    """Samples per forward pass of the reference.
 
     Raises:
         ConfigError: the size is not set or does not divide.
     """
-    if plan.reference is None:
-        return 1
     ref = config.actor_rollout_ref.ref
     return resolve_micro_batch_size(
         ref.log_prob_micro_batch_size_per_gpu,
         ref.log_prob_micro_batch_size,
-        plan.reference.layout.dp,
+        dp_size,
         key="actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
     )
 
