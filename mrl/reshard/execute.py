@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mrl.reshard.cuda_copies import CudaCopies, is_compiled
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute_torch import TorchCopies
 from mrl.reshard.layout import SourceRank, targets_of
@@ -108,12 +109,8 @@ class Puller:
 
 
 def _bind(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> Copies:
-    if next(iter(params.values())).is_cuda:
-        # Imported here: it looks for a compiler, and says so where there is none.
-        from mrl.reshard.cuda_copies import CudaCopies, is_compiled
-
-        if is_compiled():
-            return CudaCopies(plan, buffers, params)
+    if next(iter(params.values())).is_cuda and is_compiled():
+        return CudaCopies(plan, buffers, params)
     return TorchCopies(plan, buffers, params)
 
 

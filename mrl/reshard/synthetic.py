@@ -57,21 +57,9 @@ def export_layout(
     """
     sources, memory = [], []
     for rank in range(layout.world_size):
-        tp_rank, _, _, pp_rank = layout.coordinates(rank)
-        stages = range(layout.vpp or 1)
-        layers = [layer for stage in stages for layer in layout.layers_of(spec.num_hidden_layers, pp_rank, stage)]
-        shard = megatron_shard(
-            state,
-            spec,
-            tp_rank=tp_rank,
-            tp_size=layout.tp,
-            layers=layers,
-            pre_process=pp_rank == 0,
-            post_process=pp_rank == layout.pp - 1,
-            padded_vocab_size=padded_vocab_size,
-        )
-        params = _in_one_buffer(shard)
+        params = in_one_buffer(trainer_shard(spec, state, layout, rank, padded_vocab_size=padded_vocab_size))
         device = first_device + rank if first_device >= 0 else -1
+        tp_rank = layout.coordinates(rank)[0]
         sources.append(
             export_source(params.items(), rank=rank, tp_rank=tp_rank, tp_size=layout.tp, host=host, device=device)
         )
@@ -79,15 +67,37 @@ def export_layout(
     return SyntheticTrainer(sources=sources, memory=memory)
 
 
-def _in_one_buffer(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as views of one flat buffer, each start aligned, as Megatron's parameter buffer lays them."""
+def trainer_shard(
+    spec: ModelSpec, state: StateDict, layout: ParallelLayout, rank: int, *, padded_vocab_size: int
+) -> dict[str, Tensor]:
+    """Parameters of one rank of a training layout; of a state on the meta device, their names and shapes."""
+    tp_rank, _, _, pp_rank = layout.coordinates(rank)
+    stages = range(layout.vpp or 1)
+    return megatron_shard(
+        state,
+        spec,
+        tp_rank=tp_rank,
+        tp_size=layout.tp,
+        layers=[layer for stage in stages for layer in layout.layers_of(spec.num_hidden_layers, pp_rank, stage)],
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == layout.pp - 1,
+        padded_vocab_size=padded_vocab_size,
+    )
+
+
+def in_one_buffer(shard: dict[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors as views of one flat buffer, each start aligned, as Megatron's parameter buffer lays them.
+
+    Tensors on the meta device have no values: their views are zero.
+    """
     offsets, end = [], 0
     for tensor in shard.values():
         offsets.append(end)
         end += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    buffer = torch.zeros(end, dtype=torch.uint8)
+    buffer = torch.zeros(end, dtype=torch.uint8, device=device)
     views = {}
     for (name, tensor), offset in zip(shard.items(), offsets, strict=True):
         views[name] = buffer.narrow(0, offset, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        views[name].copy_(tensor)
+        if not tensor.is_meta:
+            views[name].copy_(tensor)
     return views

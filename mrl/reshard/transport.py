@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from mrl.reshard.cuda_transport import close_cuda_buffers, export_cuda_storage, open_cuda_buffer
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank
 
@@ -36,9 +37,6 @@ def export_storage(memory: Tensor | UntypedStorage) -> SourceBuffer:
     if storage.nbytes() == 0:
         raise ValueError("cannot export an empty storage; export after the parameters are allocated")
     if storage.device.type == "cuda":
-        # Imported here: it looks for a compiler, and says so where there is none.
-        from mrl.reshard.cuda_transport import export_cuda_storage
-
         return export_cuda_storage(storage)
     if storage.device.type != "cpu":
         raise ValueError(f"no transport exports memory on {storage.device}; only CPU and CUDA storages can be shared")
@@ -67,10 +65,7 @@ def close_buffers() -> None:
 
     Shared CPU memory is unmapped with its last tensor.
     """
-    if torch.cuda.is_initialized():
-        from mrl.reshard.cuda_transport import close_cuda_buffers
-
-        close_cuda_buffers()
+    close_cuda_buffers()
 
 
 def device_number(device: torch.device) -> int:
@@ -147,8 +142,6 @@ def _open_cuda(buffer: SourceBuffer) -> Tensor:
         raise ReshardError(
             f"the trainer's weights are CUDA memory ({buffer.handle[:40]}...), but this process has no GPU"
         )
-    from mrl.reshard.cuda_transport import open_cuda_buffer
-
     return open_cuda_buffer(buffer)
 
 

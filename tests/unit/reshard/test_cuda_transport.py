@@ -89,5 +89,5 @@ def test_mapped_memory_is_refused_with_the_remedy():
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "ValueError: parameters on cuda:0 cannot be exported" in result.stderr
+    assert "ValueError: parameters on cuda" in result.stderr
     assert "expandable_segments:False" in result.stderr
