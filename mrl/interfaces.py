@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -41,9 +42,21 @@ class TrainEngine(Protocol):
         """One optimizer step. Returns the reduced metrics of `loss_fn`, with `loss`, `grad_norm` and `lr` added."""
         ...
 
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write parameters, optimizer, schedule and random states to `folder`, which exists and is empty."""
+        ...
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from what `save_checkpoint` wrote, in whatever layout that was."""
+        ...
+
     def close(self) -> None:
         """Release process groups and buffers."""
         ...
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, is damaged or belongs to another run; the message says what to do."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mrl.backends.megatron.buffers import ExportedWeights
+from mrl.backends.megatron.checkpoint import load_role, save_role
 from mrl.backends.megatron.groups import destroy_groups
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
@@ -118,6 +120,21 @@ class MegatronEngine:
         with self._parts.state:
             self._gather_parameters()
         return self._export.source()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write parameters, optimizer, schedule and random states to `folder`, which exists and is empty.
+
+        Raises:
+            CheckpointError: a file could not be written. Raised on all ranks; training can go on.
+        """
+        with self._parts.state:
+            self._gather_parameters()
+            save_role(self._parts, folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from what `save_checkpoint` wrote, in whatever layout that was; parameters keep their addresses."""
+        with self._parts.state:
+            load_role(self._parts, folder)
 
     def close(self) -> None:
         """Destroy the role's process groups and drop its model and buffers; the engine is unusable afterwards."""

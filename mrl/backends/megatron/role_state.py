@@ -36,7 +36,7 @@ class RoleState:
 
     def __init__(self) -> None:
         groups = {name: _copy_of(value) for name, value in _UNINITIALISED.items()}
-        self._inside: _Snapshot = (groups, (None, False, _device_rng_state()), None)
+        self._inside: _Snapshot = (groups, (None, False, device_rng_state()), None)
         self._outside: _Snapshot | None = None
 
     def __enter__(self) -> RoleState:
@@ -58,14 +58,23 @@ class RoleState:
         _active, self._outside = None, None
 
 
-def _device_rng_state() -> torch.Tensor:
+def device_rng_state() -> torch.Tensor:
+    """State of the generator that kernels of this process draw from."""
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
+
+
+def set_device_rng_state(state: torch.Tensor) -> None:
+    """Continue that generator from `state`."""
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
 
 
 def _capture() -> _Snapshot:
     groups = {name: getattr(parallel_state, name) for name in _NAMES}
     tracker = megatron_random._CUDA_RNG_STATE_TRACKER, megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED
-    return groups, (*tracker, _device_rng_state()), microbatches._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    return groups, (*tracker, device_rng_state()), microbatches._GLOBAL_NUM_MICROBATCHES_CALCULATOR
 
 
 def _install(snapshot: _Snapshot) -> None:
@@ -74,8 +83,5 @@ def _install(snapshot: _Snapshot) -> None:
         setattr(parallel_state, name, value)
     megatron_random._CUDA_RNG_STATE_TRACKER = tracker
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = initialized
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng_state)
-    else:
-        torch.set_rng_state(rng_state)
+    set_device_rng_state(rng_state)
     microbatches._GLOBAL_NUM_MICROBATCHES_CALCULATOR = calculator
