@@ -14,6 +14,7 @@ State = dict[str, Any]
 """What a worker keeps between calls; every function gets it first."""
 
 _TIMEOUT_S = 180.0
+_CLOSE_S = 3.0
 
 
 class Worker:
@@ -46,7 +47,7 @@ class Worker:
     def close(self) -> None:
         """End the process; also where it hangs."""
         self._link.close()
-        self._process.join(10)
+        self._process.join(_CLOSE_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

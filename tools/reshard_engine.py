@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from reshard_peers import FLAT_BUCKET_BYTES, PER_TENSOR_BUCKET_BYTES, buckets
 from reshard_sides import hold
 from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 from sglang.srt.utils import MultiprocessingSerializer
-from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from mrl.backends.sglang.engine import SGLangEngine
@@ -31,7 +31,7 @@ _ENGINE = {"disable_cuda_graph": True, "attention_backend": "triton", "sampling_
 
 
 def measure_engine(spec: ModelSpec, copy_rate: float, repeats: int) -> list[Row]:
-    """Times of the update call, its parts and the usual ways; after each way every parameter is compared bit by bit.
+    """Times of the update call, its parts and the usual ways; SGLang's own loader must give the same bits as the pull.
 
     Args:
         copy_rate: of this GPU's memory, one way, in GB/s.
@@ -40,7 +40,6 @@ def measure_engine(spec: ModelSpec, copy_rate: float, repeats: int) -> list[Row]
     layout = ParallelLayout(world_size=1)
     source = hold(state, spec=spec, layout=layout, rank=0, known_values=False)
     control = {"spec": spec.to_json(), "sources": [source.to_json()]}
-    monkey_patch_torch_reductions()
     with tempfile.TemporaryDirectory() as folder:
         _write_config(spec, Path(folder))
         engine = SGLangEngine.start(
@@ -66,13 +65,12 @@ def _measure(engine: SGLangEngine, control: dict[str, Any], state: State, copy_r
     reports = [engine.update_weights(control, weight_version=1 + index) for index in range(repeats + 2)][2:]
     pulled = engine.fingerprint_weights()
     flush = _median_ms(lambda: engine.release_memory([]), repeats)
-    peers = {}
-    for name, flat in (("per_tensor_ipc_ms", False), ("flattened_buckets_ms", True)):
-        engine.poison_weights()
-        _send(engine, state, flat)
-        if engine.fingerprint_weights() != pulled:
-            raise RuntimeError(f"{name}: SGLang's own loader gives other parameters than the pull")
-        peers[name] = _median_ms(lambda: _send(engine, state, flat), 3)  # noqa: B023
+    engine.poison_weights()
+    _send(engine, state, flat=False)
+    if engine.fingerprint_weights() != pulled:
+        raise RuntimeError("SGLang's own loader gives other parameters than the pull")
+    ways = {"per_tensor_ipc_ms": False, "flattened_buckets_ms": True}
+    peers = {name: _median_ms(partial(_send, engine, state, flat), 4) for name, flat in ways.items()}
     return _rows(first, reports, flush, copy_rate, peers)
 
 

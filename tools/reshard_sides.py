@@ -142,6 +142,7 @@ def release(state: State) -> None:
     state.pop("block", None)
     close_buffers()
     gc.collect()
+    torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
 
 

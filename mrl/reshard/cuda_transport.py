@@ -30,9 +30,7 @@ def export_cuda_storage(storage: UntypedStorage) -> SourceBuffer:
     try:
         handle, offset = ops.ipc_export(memory)
     except RuntimeError as error:
-        raise ValueError(
-            f"{storage.nbytes()} bytes of parameters on {storage.device} have no handle: {error}"
-        ) from error
+        raise ValueError(f"parameters on {memory.device} cannot be exported: {error}") from error
     text = f"cuda_ipc:{os.getpid()}:{offset}:{bytes(handle.tolist()).hex()}"
     return SourceBuffer(handle=text, num_bytes=storage.nbytes())
 
