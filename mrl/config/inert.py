@@ -22,8 +22,6 @@ class _Rule:
     reason: str
     overrides_only: bool = False
     """Another key's value is their default, so being unlike the schema's default says nothing."""
-    always: bool = False
-    """Report although nobody set the key: its default promises something."""
 
 
 def find_inert_settings(config: PPOConfig, *, set_keys: Collection[str] = ()) -> list[str]:
@@ -51,7 +49,7 @@ def _apply(rules: Iterable[_Rule], config: PPOConfig, set_keys: Collection[str])
         if not rule.when(config):
             continue
         candidates = set(set_keys) if rule.overrides_only else changed | set(set_keys)
-        found = [key for key in values if _matches(rule, key) and (rule.always or key in candidates)]
+        found = [key for key in values if _matches(rule, key) and key in candidates]
         if found:
             listed = ", ".join(f"{key}={values[key]}" for key in found)
             lines.append(f"{listed} does not act: {rule.reason}")
@@ -137,6 +135,11 @@ _KL_RULES = (
 )
 _ROLLOUT_RULES = (
     _Rule(
+        keys=(f"{_ROLLOUT}.calculate_log_probs",),
+        when=lambda config: not config.actor_rollout_ref.rollout.calculate_log_probs,
+        reason="engines always return log-probs, and every step compares them with the trainer's",
+    ),
+    _Rule(
         keys=(f"{_ROLLOUT}.mode",),
         when=lambda config: True,
         reason="engines run in-process and are fed from one queue, whatever the mode",
@@ -148,6 +151,11 @@ _ROLLOUT_RULES = (
     ),
 )
 _RUN_RULES = (
+    _Rule(
+        keys=("trainer.balance_batch",),
+        when=lambda config: not config.trainer.balance_batch,
+        reason="samples are always dealt out to data-parallel ranks by token count",
+    ),
     _Rule(
         keys=(
             f"{_ROLLOUT}.val_kwargs.",
@@ -200,26 +208,27 @@ _RUN_RULES = (
         reason=f"{_ACTOR}.clip_ratio_low and clip_ratio_high are both set and take precedence",
     ),
 )
+_PADDING_RULES = (
+    _Rule(
+        keys=("actor_rollout_ref.model.use_remove_padding",),
+        when=lambda config: config.actor_rollout_ref.model.use_remove_padding,
+        reason="micro-batches are padded to their longest sample instead of packed",
+    ),
+    _Rule(
+        keys=("critic.model.use_remove_padding",),
+        when=lambda config: config.critic.model.use_remove_padding,
+        reason="micro-batches are padded to their longest sample instead of packed",
+    ),
+)
 _RULES = (
     *_KL_RULES,
+    *_PADDING_RULES,
     *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
     *_role_rules("critic", _critic, loss_scale_inherited=True),
     *_ROLLOUT_RULES,
     *_RUN_RULES,
 )
 _CPU_RULES = (
-    _Rule(
-        keys=("actor_rollout_ref.model.use_remove_padding",),
-        when=lambda config: config.actor_rollout_ref.model.use_remove_padding,
-        reason="on CPU batches are padded to their longest sample instead of packed",
-        always=True,
-    ),
-    _Rule(
-        keys=("critic.model.use_remove_padding",),
-        when=lambda config: config.critic.model.use_remove_padding,
-        reason="on CPU batches are padded to their longest sample instead of packed",
-        always=True,
-    ),
     *(
         _Rule(
             keys=tuple(f"{path}.megatron.{kind}_offload" for kind in ("param", "grad", "optimizer")),

@@ -29,7 +29,7 @@ class TrainerConfig(Section):
     critic_warmup: int = 0
     """Steps in which only the critic is trained."""
     balance_batch: bool = True
-    """Give data-parallel ranks equal numbers of tokens."""
+    """Accepted for compatibility; data-parallel ranks always get equal shares of tokens."""
     seed: int = 42
     """Seed of sampling and of every order that has no seed of its own."""
     project_name: str = "mrl_examples"

@@ -66,6 +66,7 @@ def _load(
         tokenizer,
         max_prompt_length=data.max_prompt_length,
         prompt_key=data.prompt_key,
+        reward_fn_key=data.reward_fn_key,
         filter_overlong_prompts=data.filter_overlong_prompts,
         truncation=data.truncation,
         max_samples=max_samples,
