@@ -50,6 +50,10 @@ class TrainEngine(Protocol):
         """Continue from what `save_checkpoint` wrote, in whatever layout that was."""
         ...
 
+    def export_hugging_face(self, folder: Path) -> None:
+        """Write the parameters to `folder`, which exists, as safetensors under their Hugging Face names."""
+        ...
+
     def close(self) -> None:
         """Release process groups and buffers."""
         ...

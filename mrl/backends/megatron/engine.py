@@ -20,6 +20,7 @@ from torch import Tensor
 from mrl.backends.megatron.buffers import ExportedWeights
 from mrl.backends.megatron.checkpoint import load_role, save_role
 from mrl.backends.megatron.groups import destroy_groups
+from mrl.backends.megatron.hf_export import export_hf_weights
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import ModelChunk
@@ -30,6 +31,7 @@ from mrl.interfaces import LossFn
 from mrl.parallel.agreement import gather_results
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.layout import SourceRank
+from mrl.reshard.spec import ModelSpec
 from mrl.types import Metric, TrainBatch
 
 _RESERVED = ("loss", "grad_norm", "lr")
@@ -54,8 +56,7 @@ class EngineParts:
     chunks: list[ModelChunk]
     schedule: Schedule
     training: TrainingParts | None
-    vocab_size: int
-    """Without padding."""
+    spec: ModelSpec
     temperature: float
     is_critic: bool
     device: torch.device
@@ -136,6 +137,17 @@ class MegatronEngine:
         with self._parts.state:
             load_role(self._parts, folder)
 
+    def export_hugging_face(self, folder: Path) -> None:
+        """Write the parameters to `folder`, which exists, as safetensors files (and their index) of Hugging Face names.
+
+        Raises:
+            CheckpointError: a file could not be written. Raised on all ranks; training can go on.
+        """
+        assert not self._parts.is_critic, "a value head has no place in a Hugging Face causal model"
+        with self._parts.state:
+            self._gather_parameters()
+            export_hf_weights(self._parts, folder)
+
     def close(self) -> None:
         """Destroy the role's process groups and drop its model and buffers; the engine is unusable afterwards."""
         if not hasattr(self, "_parts"):
@@ -172,7 +184,7 @@ class MegatronEngine:
             output,
             batch,
             tp_group=parts.groups.tp,
-            vocab_size=parts.vocab_size,
+            vocab_size=parts.spec.vocab_size,
             temperature=parts.temperature,
             with_entropy=with_entropy,
         )

@@ -96,7 +96,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             chunks=chunks,
             schedule=schedule,
             training=training,
-            vocab_size=setup.spec.vocab_size,
+            spec=setup.spec,
             temperature=setup.temperature,
             is_critic=is_critic,
             device=device,
