@@ -24,6 +24,7 @@ from mrl.backends.megatron.hf_export import export_hf_weights
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import ModelChunk
+from mrl.backends.megatron.offload import OffloadSettings, RoleOffload
 from mrl.backends.megatron.outputs import log_prob_output, value_output
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.schedule import MicroBatch, Schedule
@@ -60,6 +61,7 @@ class EngineParts:
     temperature: float
     is_critic: bool
     device: torch.device
+    offload: OffloadSettings
 
 
 class MegatronEngine:
@@ -71,6 +73,7 @@ class MegatronEngine:
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
         tp_group = parts.groups.tp
+        self._offload = _role_offload(parts) if parts.device.type == "cuda" else None
         self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
 
     @property
@@ -148,13 +151,23 @@ class MegatronEngine:
             self._gather_parameters()
             export_hf_weights(self._parts, folder)
 
+    def offload(self) -> None:
+        """Give back device memory as the role's settings say, after all its work there is done."""
+        if self._offload is not None:
+            self._offload.offload()
+
+    def onload(self) -> None:
+        """Take the memory back; the role is usable again."""
+        if self._offload is not None:
+            self._offload.onload()
+
     def close(self) -> None:
         """Destroy the role's process groups and drop its model and buffers; the engine is unusable afterwards."""
         if not hasattr(self, "_parts"):
             return
         with self._parts.state:
             destroy_groups()
-        del self._parts, self._export
+        del self._parts, self._export, self._offload
 
     def _training(self) -> TrainingParts:
         assert self._parts.training is not None, "this role was built without an optimizer"
@@ -231,6 +244,15 @@ class MegatronEngine:
             if module.ddp_config.overlap_param_gather:
                 with torch.no_grad():
                     module.start_param_sync(force_sync=True)
+
+
+def _role_offload(parts: EngineParts) -> RoleOffload:
+    return RoleOffload(
+        parts.offload,
+        parameters=[parameter for chunk in parts.chunks for _, parameter in chunk.named_parameters()],
+        modules=parts.training.modules if parts.training else [],
+        optimizer=parts.training.optimizer if parts.training else None,
+    )
 
 
 class _GuardedLoss:

@@ -17,6 +17,7 @@ from mrl.backends.megatron.engine import EngineParts, MegatronEngine, TrainingPa
 from mrl.backends.megatron.groups import build_groups
 from mrl.backends.megatron.hf_weights import load_hf_weights
 from mrl.backends.megatron.model import ModelChunk, Recompute, build_chunks, transformer_config
+from mrl.backends.megatron.offload import OffloadSettings
 from mrl.backends.megatron.optimizer import (
     DataParallelSettings,
     OptimizerSettings,
@@ -53,6 +54,7 @@ class RoleSetup:
     """None: forward passes only."""
     data_parallel: DataParallelSettings = field(default_factory=DataParallelSettings)
     recompute: Recompute = field(default_factory=Recompute)
+    offload: OffloadSettings = field(default_factory=OffloadSettings)
     value_head_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class RoleSetup:
             raise ValueError(f"context_parallel_size = {self.layout.cp} is not supported; set it to 1")
         if self.kind == "reference" and self.optimizer is not None:
             raise ValueError("a reference model is not trained; its optimizer must be None")
+        if self.kind == "actor" and self.offload.parameters:
+            raise ValueError("an actor's parameters stay on the device, where engines read them in place")
         check_layout(self.layout, ModelShape.of_spec(self.spec))
 
 
@@ -100,6 +104,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             temperature=setup.temperature,
             is_critic=is_critic,
             device=device,
+            offload=setup.offload,
         )
     )
 
