@@ -54,6 +54,14 @@ class TrainEngine(Protocol):
         """Write the parameters to `folder`, which exists, as safetensors under their Hugging Face names."""
         ...
 
+    def offload(self) -> None:
+        """Give back device memory as configured, once the device has done all work of this role."""
+        ...
+
+    def onload(self) -> None:
+        """Take the memory back; the role is usable again."""
+        ...
+
     def close(self) -> None:
         """Release process groups and buffers."""
         ...
@@ -109,12 +117,25 @@ class Rollout(Protocol):
     metrics: dict[str, float]
     """`rollout/*` of the last `generate`."""
 
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the engines have."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """One sample for each prompt, in order, on every rank."""
         ...
 
     def update_weights(self) -> dict[str, float]:
         """Reshard the actor's current weights into every engine; returns `reshard/*` metrics."""
+        ...
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine give up its memory of `tags`: "weights", "kv_cache", "cuda_graph"."""
+        ...
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine take that memory again; weights need an update afterwards."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Peak memory of this process and its device."""
+"""Memory of this process and its device."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def device_memory_in_use_gib() -> float:
+    """Memory of the current device that is in use by any process; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mrl.backends.megatron.model import Recompute
+from mrl.backends.megatron.offload import OffloadSettings
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
 from mrl.backends.megatron.setup import RoleSetup
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
@@ -76,6 +77,7 @@ def _setup(
         optimizer=optimizer,
         data_parallel=data_parallel or DataParallelSettings(),
         recompute=_recompute(megatron),
+        offload=_offload(kind, megatron),
     )
 
 
@@ -93,6 +95,18 @@ def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSettings:
         lr_decay_steps=decay_steps,
         min_lr=optim.min_lr,
         **optim.override_optimizer_config,
+    )
+
+
+def _offload(kind: str, megatron: MegatronConfig) -> OffloadSettings:
+    """verl's meaning: `param_offload` releases gradients, too. An actor's parameters stay, for engines to read."""
+    parameters = megatron.param_offload and kind != "actor"
+    if not isinstance(megatron, TrainableMegatronConfig):
+        return OffloadSettings(parameters=parameters)
+    return OffloadSettings(
+        parameters=parameters,
+        gradients=megatron.grad_offload or megatron.param_offload,
+        optimizer=megatron.optimizer_offload,
     )
 
 
