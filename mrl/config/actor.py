@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mrl.config.checkpoint import ActorCheckpointConfig
 from mrl.config.checks import at_least, more_than, not_both
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.optim import OptimConfig
@@ -53,6 +54,8 @@ class ActorConfig(Section):
     """Optimizer and learning rate."""
     megatron: TrainableMegatronConfig = field(default_factory=TrainableMegatronConfig)
     """Layout and memory."""
+    checkpoint: ActorCheckpointConfig = field(default_factory=ActorCheckpointConfig)
+    """Contents of checkpoints."""
 
     def check(self) -> None:
         at_least(self, 1, "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size", "ppo_epochs")

@@ -50,7 +50,7 @@ ADVICE = {
         "on the command line the key is translated to them"
     ),
     "trainer.val_generations_to_log_to_wandb": "set trainer.log_val_generations",
-    "trainer.remove_previous_ckpt_in_save": "drop it: checkpoints are kept",
+    "trainer.remove_previous_ckpt_in_save": "set trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep",
     "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
 }
 """Keys that verl has or had and that are refused, with what to do instead."""

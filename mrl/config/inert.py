@@ -193,6 +193,15 @@ _RUN_RULES = (
         reason="nothing is copied to HDFS; outputs are in trainer.default_local_dir",
     ),
     _Rule(
+        keys=(
+            f"{_ACTOR}.checkpoint.save_contents",
+            "trainer.max_actor_ckpt_to_keep",
+            "trainer.max_critic_ckpt_to_keep",
+        ),
+        when=lambda config: config.trainer.save_freq <= 0 or config.trainer.val_only,
+        reason="the run saves no checkpoint; set trainer.save_freq (above the number of steps it saves the last only)",
+    ),
+    _Rule(
         keys=("trainer.resume_from_path",),
         when=lambda config: config.trainer.resume_mode != "resume_path",
         reason="trainer.resume_mode is not resume_path",

@@ -55,7 +55,11 @@ class TrainerConfig(Section):
     test_freq: int = -1
     """Validate every so many steps; -1 is never."""
     save_freq: int = -1
-    """Save a checkpoint every so many steps; -1 is never."""
+    """Save a checkpoint every so many steps and after the last one; -1 is never."""
+    max_actor_ckpt_to_keep: int | None = None
+    """Newest checkpoints whose actor is kept, the others' is removed; null is all."""
+    max_critic_ckpt_to_keep: int | None = None
+    """The same for the critic; a checkpoint resumes with both only."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """Go on from the newest checkpoint if there is one, start anew, or go on from `resume_from_path`."""
     resume_from_path: str | None = None
@@ -81,6 +85,7 @@ class TrainerConfig(Section):
 
     def check(self) -> None:
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
+        at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations")
         more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s")
         more_than(self, 0, "ray_wait_register_center_timeout")

@@ -19,6 +19,7 @@ from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
 from mrl.trainer.plan import RunPlan, plan_run
+from mrl.trainer.resume import set_aside_history
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,5 @@ def _announce(config: PPOConfig, plan: RunPlan) -> None:
         for line in find_inert_on_cpu(config):
             logger.warning(line)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = plan.run_dir / "metrics.jsonl"
-    if metrics.exists():
-        older = plan.run_dir / time.strftime("metrics.until-%Y%m%d-%H%M%S.jsonl")
-        metrics.rename(older)
-        logger.info("metrics of an earlier run are kept as %s", older)
+    set_aside_history(plan.run_dir, plan.resume)
     save_config(config, plan.run_dir / "config.yaml")

@@ -76,6 +76,11 @@ class ColocatedRollout:
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
 
+    @property
+    def weight_version(self) -> int:
+        """Version of the engines' weights; one less than the first before any update."""
+        return self._next_version - 1
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """One sample for each prompt, in order, on every rank; `response_text` is left empty.
 

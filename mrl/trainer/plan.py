@@ -19,7 +19,9 @@ from mrl.data.embedded import resolve_embedded
 from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout, choose_layout
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec, load_spec
+from mrl.trainer.manifest import RoleRecord, describe_role
 from mrl.trainer.ppo import UpdateSchedule
+from mrl.trainer.resume import ResumePoint, find_resume_point
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
 
 Device = Literal["cpu", "cuda"]
@@ -60,6 +62,11 @@ class RunPlan:
     ref_micro_batch_size: int
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
+    actor_record: RoleRecord
+    """What the actor's checkpoints hold."""
+    critic_record: RoleRecord
+    resume: ResumePoint | None
+    """The checkpoint that the run continues."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of every line a person wants to see before the run."""
@@ -70,6 +77,7 @@ class RunPlan:
             ("reference", str(self.reference) if self.reference else "none: no KL term is configured"),
             ("rollout", f"{self.num_engines} x SGLang at TP{self.rollout_tp}"),
             ("files", str(self.run_dir)),
+            *([("resumes", str(self.resume))] if self.resume else []),
         ]
 
 
@@ -92,6 +100,9 @@ def plan_run(config: PPOConfig) -> RunPlan:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
     _check_lengths(config, actor.spec, critic.spec)
     _check_reward_file(config)
+    actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
+    critic_record = _describe(critic, config.critic.megatron, is_critic=True)
+    trainer = config.trainer
     return RunPlan(
         device=device,
         world_size=config.trainer.world_size,
@@ -105,7 +116,15 @@ def plan_run(config: PPOConfig) -> RunPlan:
         critic_schedule=critic_schedule(config, critic.layout.dp),
         ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
         train_files=files.data(config.data.train_files),
-        val_files=files.data(config.data.val_files) if config.trainer.validates else (),
+        val_files=files.data(config.data.val_files) if trainer.validates else (),
+        actor_record=actor_record,
+        critic_record=critic_record,
+        resume=find_resume_point(
+            trainer.resume_mode,
+            run_dir,
+            trainer.resume_from_path,
+            {"actor": actor_record, "critic": critic_record},
+        ),
     )
 
 
@@ -192,6 +211,16 @@ def memory_per_rank(device: Device, ranks_per_host: int) -> int:
 
     pynvml.nvmlInit()
     return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+
+
+def _describe(role: RolePlan, megatron: TrainableMegatronConfig, *, is_critic: bool) -> RoleRecord:
+    return describe_role(
+        role.spec,
+        role.layout,
+        dtype=megatron.dtype,
+        distributed_optimizer=megatron.use_distributed_optimizer,
+        is_critic=is_critic,
+    )
 
 
 def _check_reward_file(config: PPOConfig) -> None:

@@ -72,6 +72,9 @@ def prepare_megatron() -> None:
         _import_modules()
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A synchronous save passes through the asynchronous one, which says on every rank that it is deprecated.
+    saving = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    saving.addFilter(lambda record: "async save is deprecated" not in record.getMessage())
     # Only importable once megatron is ready.
     from mrl.backends.megatron.adam import install_adam_if_missing
 

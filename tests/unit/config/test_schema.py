@@ -67,6 +67,11 @@ def test_the_key_table_is_up_to_date():
         ("data.train_files=[]", r"data\.train_files is empty"),
         ("trainer.launcher=local trainer.nnodes=2", r"trainer\.launcher = local .* nnodes = 2"),
         ("trainer.resume_mode=resume_path", r"trainer\.resume_mode = resume_path needs resume_from_path"),
+        ("trainer.max_actor_ckpt_to_keep=0", r"trainer\.max_actor_ckpt_to_keep = 0 must be at least 1"),
+        (
+            "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",
+            r"actor\.checkpoint\.save_contents = \['model', 'hf_model'\] lacks 'optimizer'",
+        ),
         ("trainer.critic_warmup=5 trainer.total_training_steps=5", r"critic_warmup = 5 leaves no step for the actor"),
         ("critic.optim.min_lr=1", r"critic\.optim\.min_lr = 1\.0 is above lr = 1e-05"),
         ("critic.optim.betas=[0.9,1.0]", r"critic\.optim\.betas = \[0\.9, 1\.0\] must lie in"),
