@@ -6,8 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from mrl.config.inert import find_inert_on_cpu
 from mrl.config.load import save_config
@@ -56,10 +55,12 @@ def _launch_local(config: PPOConfig) -> int:
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     _announce(config, plan)
-    logger.info("importing Megatron and SGLang once, then forking %d ranks", plan.world_size)
-    rank_main = _preload(config, plan, inputs)
+    logger.info("importing Megatron and SGLang, then forking %d ranks", plan.world_size)
+    if plan.device == "cpu":
+        # Not with GPUs: the imports create a CUDA context, which no forked process could use.
+        _preload()
     try:
-        run_ranks(rank_main, plan.world_size, user_errors=USER_ERRORS)
+        run_ranks(partial(_run_rank, config, plan, inputs), plan.world_size, user_errors=USER_ERRORS)
     except RankFailure as failure:
         logger.error("rank %d: %s", failure.rank, failure)
         return 1
@@ -81,13 +82,21 @@ def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     inputs = load_inputs(config, plan)
     if env.rank == 0:
         _announce(config, plan)
-    _preload(config, plan, inputs)(env)
+    _run_rank(config, plan, inputs, env)
     if env.rank == 0:
         show_table("Result", summarize_run(plan.run_dir))
     return 0
 
 
-def _preload(config: PPOConfig, plan: RunPlan, inputs: RunInputs) -> Callable[[RankEnvironment], None]:
+def _run_rank(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvironment) -> None:
+    _preload()
+    from mrl.trainer.build import run_rank
+
+    run_rank(config, plan, inputs, env)
+
+
+@cache
+def _preload() -> None:
     """Import everything a rank needs. Megatron first: SGLang's imports pull it in unprepared for a CPU."""
     from mrl.backends.megatron.preload import preload_megatron
 
@@ -95,9 +104,6 @@ def _preload(config: PPOConfig, plan: RunPlan, inputs: RunInputs) -> Callable[[R
     from mrl.backends.sglang.preload import preload_sglang
 
     preload_sglang()
-    from mrl.trainer.build import run_rank
-
-    return partial(run_rank, config, plan, inputs)
 
 
 def _announce(config: PPOConfig, plan: RunPlan) -> None:
