@@ -51,25 +51,26 @@ class CudaCopies:
         sources = torch.tensor([op.src_rank for op in plan.copies] + [_FILLS] * len(fills))
         self._tiles = ops.build_tiles(torch.tensor(copies + fills), sources=sources).to(self._device)
         self._token = torch.empty(0, device=self._device)
-        self._sent = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
 
-    def run(self) -> None:
-        """Copy and fill; returns when the bytes have arrived."""
+    def pull(self) -> tuple[int, float, float]:
+        """Copy in one launch, sum what lies in the parameters in another, and wait once, for both."""
+        start, copied, end = self._events
         # Earlier work on the parameters may sit in other streams.
         torch.cuda.synchronize(self._device)
-        self._sent = ops.batched_strided_copy_checksum_(self._token, self._tiles)
-        torch.cuda.synchronize(self._device)
-
-    def verify(self) -> int:
-        """Checksum of all parameters, modulo 2^64; ReshardError names the first parameter that differs."""
-        arrived, sent = torch.cat([ops.checksum(self._tiles, of_source=False), self._sent]).tolist()
-        if arrived != sent:
+        start.record()
+        sent = ops.batched_strided_copy_checksum_(self._token, self._tiles)
+        copied.record()
+        sums = torch.cat([sent, ops.checksum(self._tiles, of_source=False)])
+        end.record()
+        expected, found = sums.tolist()
+        if found != expected:
             raise ReshardError(
-                f"{self._first_difference()}: checksum {arrived % 2**64:#x} of all that arrived differs from "
-                f"{sent % 2**64:#x} of what was read; something else wrote the engine's weights during the pull, or "
-                "memory was corrupted. Pull again"
+                f"{self._first_difference()}: checksum {found % 2**64:#x} of all that arrived differs from "
+                f"{expected % 2**64:#x} of what was read; something else wrote the engine's weights during the pull, "
+                "or memory was corrupted. Pull again"
             )
-        return int(arrived) % 2**64
+        return int(found) % 2**64, start.elapsed_time(end) / 1e3, copied.elapsed_time(end) / 1e3
 
     def _first_difference(self) -> str:
         operations = self._tiles[:, _TILE_OP] // reference.WIDTH_BASE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,12 +37,12 @@ class PullResult:
 class Copies(Protocol):
     """A plan's operations bound to memory."""
 
-    def run(self) -> None:
-        """Copy and fill; returns when the bytes have arrived."""
-        ...
+    def pull(self) -> tuple[int, float, float]:
+        """Copy, fill and verify; returns `PullResult`'s checksum, seconds and verify_seconds when all is done.
 
-    def verify(self) -> int:
-        """`PullResult.checksum` of what arrived; ReshardError, naming the parameter, if it is not what was sent."""
+        Raises:
+            ReshardError: what arrived is not what was sent; names the parameter.
+        """
         ...
 
 
@@ -89,16 +88,12 @@ class Puller:
                 parameter's bytes differ from the source's, and the weights are unusable. Names the parameter.
         """
         self._check_in_place()
-        start = time.perf_counter()
-        self._copies.run()
-        verify_start = time.perf_counter()
-        checksum = self._copies.verify()
-        end = time.perf_counter()
+        checksum, seconds, verify_seconds = self._copies.pull()
         return PullResult(
             bytes=self._plan.stats.bytes,
             ops=self._plan.stats.copies + self._plan.stats.fills,
-            seconds=end - start,
-            verify_seconds=end - verify_start,
+            seconds=seconds,
+            verify_seconds=verify_seconds,
             checksum=checksum,
         )
 

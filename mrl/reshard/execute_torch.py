@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 
 import torch
@@ -24,17 +25,21 @@ class TorchCopies:
         self._tails = [params[fill.dst_param].narrow(0, fill.dst_offset, fill.num_bytes) for fill in plan.fills]
         self._on_gpu = any(param.is_cuda for param in params.values())
 
-    def run(self) -> None:
-        """Copy and fill; returns when the bytes have arrived."""
+    def pull(self) -> tuple[int, float, float]:
+        """Copy one operation after the other, then sum both sides; see `mrl.reshard.execute.Copies`."""
+        start = time.perf_counter()
         for target, source in self._pairs:
             target.copy_(source)
         for tail in self._tails:
             tail.zero_()
         if self._on_gpu:
             torch.cuda.synchronize()
+        verify_start = time.perf_counter()
+        checksum = self._verify()
+        end = time.perf_counter()
+        return checksum, end - start, end - verify_start
 
-    def verify(self) -> int:
-        """Sum of all words that arrived, modulo 2^64; ReshardError names the first parameter that differs."""
+    def _verify(self) -> int:
         # Sums stay on the device until all are done: one transfer on a GPU.
         sent = torch.stack([source.sum(dtype=torch.int64) for _, source in self._pairs]).tolist()
         arrived = torch.stack([target.sum(dtype=torch.int64) for target, _ in self._pairs]).tolist()

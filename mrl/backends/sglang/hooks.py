@@ -53,8 +53,9 @@ def report_every_rank(original: Callable[..., tuple[bool, str]], *args: Any, **k
     except Exception as error:
         mine = [False, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}]
     group = get_tp_group().cpu_group
-    reports: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reports, mine, group=group)
+    reports: list[Any] = [mine] * dist.get_world_size(group)
+    if len(reports) > 1:
+        dist.all_gather_object(reports, mine, group=group)
     return all(ok for ok, _ in reports), json.dumps(reports)
 
 

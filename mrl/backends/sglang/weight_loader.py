@@ -65,8 +65,15 @@ def _pull(model: nn.Module, control: Mapping[str, Any]) -> None:
         raise ValueError(f"this engine rank has no plan of source layout {key}; send spec and sources first")
     result = _pullers[key].pull()
     # Restarting the stream at each version makes a resumed run sample what the unbroken run sampled.
-    torch.manual_seed(control["seed"])
+    _seed(control["seed"])
     status.put(bytes=result.bytes, ops=result.ops, seconds=result.seconds, checksum=result.checksum)
+
+
+def _seed(seed: int) -> None:
+    # Not torch.manual_seed: for each kind of device that is absent it formats a stack trace, 1 ms together.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
