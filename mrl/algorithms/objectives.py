@@ -127,4 +127,3 @@ def _policy_metrics(policy: PolicyLoss, mask: Tensor, norm: LossNorm) -> dict[st
 def _share(loss: Tensor) -> Metric:
     # A copy: pipeline schedules divide the loss they are given in place.
     return Metric(loss.detach().to(torch.float32).clone())
-

@@ -24,12 +24,17 @@ from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.rendezvous import init_process_group
 from mrl.observability.console import setup_logging
+from mrl.observability.memory import device_memory_in_use_gib
 from mrl.observability.trackers import TrackerList, build_trackers
+from mrl.reshard.hf_export import copy_model_files
 from mrl.rewards.build import ConcurrentReward, build_reward_fn
 from mrl.rollout.colocated import ColocatedRollout
+from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer
 from mrl.trainer.inputs import RunInputs, count_steps
+from mrl.trainer.phases import ENGINE_TAGS, PhaseSwitch
 from mrl.trainer.plan import RunPlan
 from mrl.trainer.ppo import PPOSettings, PPOTrainer
+from mrl.trainer.resume import checkpoint_root
 from mrl.trainer.roles import actor_setup, critic_setup, reference_setup
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.schedules import updates_per_step
@@ -68,7 +73,10 @@ def _start(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> SGLangEngi
     join = partial(_init_process_group, config, plan, env)
     leads = env.rank % plan.rollout_tp == 0 and env.rank // plan.rollout_tp < plan.num_engines
     if leads:
-        return _start_engine(config, plan, env, during_start=join)
+        engine = _start_engine(config, plan, env, during_start=join)
+        # The trainer is built in the memory that the engine will use later.
+        engine.release_memory(_engine_tags(config, plan))
+        return engine
     join()
     return None
 
@@ -109,6 +117,12 @@ def _start_engine(
     )
 
 
+def _engine_tags(config: PPOConfig, plan: RunPlan) -> tuple[str, ...]:
+    """What engines give back while the trainer works."""
+    releases = plan.device == "cuda" and config.actor_rollout_ref.rollout.free_cache_engine
+    return ENGINE_TAGS if releases else ()
+
+
 def _join(
     config: PPOConfig,
     plan: RunPlan,
@@ -131,22 +145,31 @@ def _join(
     actor_steps = total_steps - config.trainer.critic_warmup
     actor = build(actor_setup(config, plan, total_updates=max(1, actor_steps * per_actor_step)))
     critic = build(critic_setup(config, plan, total_updates=total_steps * per_critic_step))
-    reference = reference_setup(config, plan)
+    ref_setup = reference_setup(config, plan)
+    reference = build(ref_setup) if ref_setup else None
     rollout = ColocatedRollout(
         sglang,
         spec=plan.actor.spec,
         source=actor.export_weights(),
         max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,
         timeout=timedelta(seconds=config.trainer.phase_timeout_s),
+        weight_version=plan.resume.manifest.weight_version if plan.resume else 0,
     )
     scorer = _build_scorer(config, inputs, env)
     stack.callback(scorer.close)
-    return PPOTrainer(
+    checkpointer = _checkpointer(config, plan, actor, critic, total_steps)
+    trainer = PPOTrainer(
         settings=_settings(config, total_steps),
         actor=actor,
         critic=critic,
-        reference=build(reference) if reference else None,
+        reference=reference,
         rollout=rollout,
+        phases=PhaseSwitch(
+            rollout=rollout,
+            roles=[role for role in (actor, critic, reference) if role is not None],
+            engine_tags=_engine_tags(config, plan),
+            allocated_gib=device_memory_in_use_gib,
+        ),
         scorer=scorer,
         prompts=prompts,
         sampling=_sampling(config, inputs),
@@ -160,7 +183,11 @@ def _join(
         validator=_validator(config, plan, inputs, rollout, scorer, env),
         sample_writer=_sample_writer(config.trainer.rollout_data_dir, plan.run_dir / "samples" / "train", env),
         trackers=_trackers(config, plan, env, stack, total_steps),
+        checkpointer=checkpointer,
     )
+    if plan.resume is not None:
+        trainer.resume(checkpointer.load(plan.resume))
+    return trainer
 
 
 def _settings(config: PPOConfig, total_steps: int) -> PPOSettings:
@@ -262,6 +289,34 @@ def _validator(
         n_samples_per_prompt=settings.n,
         sample_writer=_sample_writer(config.trainer.validation_data_dir, plan.run_dir / "samples" / "val", env),
         num_logged=config.trainer.log_val_generations,
+    )
+
+
+def _checkpointer(
+    config: PPOConfig, plan: RunPlan, actor: MegatronEngine, critic: MegatronEngine, total_steps: int
+) -> Checkpointer:
+    trainer, shared = config.trainer, config.actor_rollout_ref
+    finish_export = partial(
+        copy_model_files,
+        plan.actor.model_path,
+        Path(shared.model.tokenizer_path or plan.actor.model_path).expanduser(),
+        dtype=shared.actor.megatron.dtype,
+    )
+    return Checkpointer(
+        root=checkpoint_root(plan.run_dir),
+        roles={
+            "actor": CheckpointedRole(
+                engine=actor,
+                record=plan.actor_record,
+                max_to_keep=trainer.max_actor_ckpt_to_keep,
+                finish_export=finish_export if shared.actor.checkpoint.exports_hugging_face else None,
+            ),
+            "critic": CheckpointedRole(
+                engine=critic, record=plan.critic_record, max_to_keep=trainer.max_critic_ckpt_to_keep
+            ),
+        },
+        save_freq=trainer.save_freq,
+        total_steps=total_steps,
     )
 
 

@@ -16,9 +16,10 @@ from mrl.algorithms.objectives import PolicyObjective, ValueObjective
 from mrl.data.loader import PromptLoader
 from mrl.interfaces import Rollout, TrainEngine
 from mrl.observability.memory import peak_memory_gib
-from mrl.observability.timers import PhaseTimer
 from mrl.observability.trackers import TrackerList
 from mrl.rollout.batch import build_batch
+from mrl.trainer.checkpoint import Checkpointer, LoopState
+from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.samples import SampleWriter, summarize_samples
 from mrl.trainer.scoring import Scorer
 from mrl.trainer.validation import Validator
@@ -69,6 +70,7 @@ class PPOTrainer:
     critic: TrainEngine
     reference: TrainEngine | None
     rollout: Rollout
+    phases: PhaseSwitch
     scorer: Scorer
     prompts: PromptLoader
     sampling: SamplingParams
@@ -82,25 +84,46 @@ class PPOTrainer:
     validator: Validator
     sample_writer: SampleWriter
     trackers: TrackerList
+    checkpointer: Checkpointer | None = None
 
     def __post_init__(self) -> None:
-        self._timer = PhaseTimer()
+        self._timer = self.phases.timer
+        self._completed_steps = 0
 
     def fit(self) -> Metrics:
-        """Run every step; returns the metrics of the last one. Called by all ranks."""
-        settings = self.settings
-        reshard = self._reshard()
-        if settings.val_before_train or settings.val_only:
-            self.trackers.log({**self.validator.run(step=0), **reshard}, step=0)
+        """Run every step that is left; returns the metrics of the last one. Called by all ranks."""
+        settings, completed = self.settings, self._completed_steps
+        reshard = self.phases.to_rollout()
+        if settings.val_only or (settings.val_before_train and completed == 0):
+            self.trackers.log({**self.validator.run(step=completed), **reshard}, step=completed)
         if settings.val_only:
             return reshard
         metrics: Metrics = {}
-        for step in range(1, settings.total_steps + 1):
+        for step in range(completed + 1, settings.total_steps + 1):
             metrics = self.step(next(self.prompts), step=step)
             if self._validates_at(step):
                 metrics |= self.validator.run(step=step)
             self.trackers.log(metrics, step=step)
         return metrics
+
+    def state(self, *, step: int) -> LoopState:
+        """What the loop has to remember once the updates of `step` are made and before engines pull their result."""
+        return LoopState(
+            step=step,
+            weight_version=self.rollout.weight_version + 1,
+            prompts=self.prompts.state_dict(),
+            kl_controller=self.kl_controller.state_dict(),
+        )
+
+    def resume(self, state: LoopState) -> None:
+        """Go on after `state.step`; roles and rollout have been put into their state of then.
+
+        Raises:
+            ValueError: the state belongs to other prompts or another order of them.
+        """
+        self.prompts.load_state_dict(state.prompts)
+        self.kl_controller.load_state_dict(state.kl_controller)
+        self._completed_steps = state.step
 
     def step(self, prompts: list[Prompt], *, step: int) -> Metrics:
         """One PPO step: rollout, rewards, log-probs, values, advantages, updates, reshard."""
@@ -108,6 +131,7 @@ class PPOTrainer:
             samples, metrics = self._roll_out(prompts)
             with self._timer("reward"):
                 samples = self.scorer.score(samples)
+            self.phases.to_training()
             self.sample_writer.write(samples, step=step)
             metrics |= summarize_samples(samples)
 
@@ -120,7 +144,8 @@ class PPOTrainer:
             metrics |= self._update_critic(batch, step=step)
             if step > self.settings.critic_warmup:
                 metrics |= self._update_actor(batch, step=step)
-                metrics |= self._reshard()
+            self._save_if_due(step)
+            metrics |= self.phases.to_rollout()
         return metrics | self._timer.take() | {"memory/peak_gib": peak_memory_gib()}
 
     def _roll_out(self, prompts: list[Prompt]) -> tuple[list[Sample], Metrics]:
@@ -205,9 +230,11 @@ class PPOTrainer:
             ]
         return {f"actor/{_bare(key)}": value for key, value in average(rounds).items()}
 
-    def _reshard(self) -> Metrics:
-        with self._timer("reshard"):
-            return self.rollout.update_weights()
+    def _save_if_due(self, step: int) -> None:
+        """Save while the trainer has the devices: roles may give their state back for the rollout."""
+        if self.checkpointer is not None and self.checkpointer.is_due(step):
+            with self._timer("save"):
+                self.checkpointer.save(self.state(step=step))
 
     def _validates_at(self, step: int) -> bool:
         settings = self.settings

@@ -23,6 +23,7 @@ from mrl.data.loader import PromptLoader
 from mrl.observability.trackers import TrackerList
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
+from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.ppo import PPOSettings, PPOTrainer, UpdateSchedule
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.scoring import Scorer
@@ -125,6 +126,7 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
             total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False,
         ),
         actor=actor, critic=critic, reference=reference, rollout=rollout, scorer=scorer,
+        phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
         prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0), sampling=sampling,
         policy_objective=PolicyObjective(
             clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C, entropy_coeff=ENTROPY_COEFF,

@@ -1,0 +1,78 @@
+"""What a configuration resolves to before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mrl.config.load import load_config
+from mrl.trainer.plan import choose_device, plan_run
+from mrl.trainer.schedules import updates_per_step
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+def plan(run_dir, *overrides):
+    return plan_run(load_config([f"trainer.default_local_dir={run_dir}", *overrides], "demo"))
+
+
+def test_the_demo_is_eight_ranks_in_three_layouts(run_dir):
+    result = plan(run_dir)
+    assert str(result.actor.layout) == "TP2 x PP2 x DP2"
+    assert str(result.critic.layout) == "TP1 x PP2 x DP4"
+    assert result.reference is not None
+    assert result.reference.layout == result.actor.layout
+    assert (result.rollout_tp, result.num_engines, result.device) == (2, 1, "cpu")
+    assert result.actor.spec.family == "qwen2"
+    assert result.critic.spec.family == "llama"
+
+
+def test_without_a_kl_term_there_is_no_reference(run_dir):
+    assert plan(run_dir, "algorithm.use_kl_in_reward=False").reference is None
+
+
+def test_sizes_are_of_samples_per_rank(run_dir):
+    result = plan(run_dir, "actor_rollout_ref.rollout.n=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8")
+    schedule = result.actor_schedule
+    assert schedule.mini_batch_size == 64
+    assert schedule.micro_batch_size == 8
+    assert updates_per_step(schedule, 256) == 8
+
+
+def test_layouts_left_open_are_chosen_and_as_many_engines_as_fit(run_dir):
+    open_layout = [f"{ACTOR}.megatron.{axis}_model_parallel_size=null" for axis in ("tensor", "pipeline")]
+    sizes = [f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "actor_rollout_ref.rollout.num_engines=null"]
+    result = plan(run_dir, *open_layout, *sizes)
+    assert str(result.actor.layout) == "TP1 x PP1 x DP8"
+    assert result.num_engines == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{ACTOR}.megatron.tensor_model_parallel_size=16"], "does not divide world size 8"),
+        (["critic.megatron.pipeline_model_parallel_size=4"], "critic.megatron: .*4"),
+        (["actor_rollout_ref.rollout.num_engines=5"], "need 10 ranks"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=8"], "4 KV heads"),
+        (["data.max_prompt_length=1000"], "max_position_embeddings = 256"),
+        ([f"{ACTOR}.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is null"),
+        (["critic.ppo_micro_batch_size_per_gpu=3"], "does not divide a mini-batch of 32"),
+        (["actor_rollout_ref.model.path=/nowhere"], "/nowhere does not exist"),
+        (["reward.custom_reward_function.path=/nowhere.py"], "/nowhere.py does not exist"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_numbers(run_dir, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(run_dir, *overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_not_assumed():
+    with pytest.raises(ValueError, match=r"no CUDA device; set trainer\.device=cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == "cpu"
