@@ -90,6 +90,8 @@ def machine(num_gpus: int, num_trainers: int) -> Iterator[Machine]:
             shared = {"world_size": num_gpus, "port": _free_port()}
             run_all(trainers[:num_gpus], reshard_peers.join_group, [{**shared, "rank": gpu} for gpu in range(num_gpus)])
         yield Machine(trainers=trainers, engines=engines)
+        if num_gpus > 1:
+            run_all(trainers[:num_gpus], reshard_peers.leave_group)
     finally:
         for worker in [*engines, *trainers]:
             worker.close()

@@ -37,6 +37,11 @@ def join_group(state: State, *, rank: int, world_size: int, port: int) -> None:
     dist.barrier()
 
 
+def leave_group(state: State) -> None:
+    """Destroy the trainer ranks' groups."""
+    dist.destroy_process_group()
+
+
 def send(state: State, *, flat: bool) -> float:
     """Gather and send the whole model to the engine rank of this GPU; seconds until all ranks' are loaded."""
     side: TrainerSide = state["trainer"]
