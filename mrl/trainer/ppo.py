@@ -96,6 +96,9 @@ class PPOTrainer:
         reshard = self.phases.to_rollout()
         if settings.val_only or (settings.val_before_train and completed == 0):
             self.trackers.log({**self.validator.run(step=completed), **reshard}, step=completed)
+        elif completed and self._validates_at(completed):
+            # The engine's random numbers and cached prefixes after it are what the next rollout began with.
+            self.validator.run(step=completed)
         if settings.val_only:
             return reshard
         metrics: Metrics = {}
