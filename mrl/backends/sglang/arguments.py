@@ -39,6 +39,8 @@ def server_args(device: str, **values: Any) -> dict[str, Any]:
             "disable_overlap_schedule": True,
             "disable_cuda_graph": True,
             "mem_fraction_static": 0.5,
+            # Otherwise idle schedulers spin on the cores that the trainer's ranks need.
+            "sleep_on_idle": True,
         }
     else:
         args |= {"enable_memory_saver": True}
