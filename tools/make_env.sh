@@ -33,6 +33,8 @@ if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
     exit 1
 fi
 
+# Certificates of the system, which a company's proxy may have added to.
+export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
 echo "mrl: building $venv with $python"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
