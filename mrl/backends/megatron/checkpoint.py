@@ -6,17 +6,23 @@ may all differ when they are loaded, the optimizer's state included.
 
 from __future__ import annotations
 
+import functools
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron.core.dist_checkpointing as dist_checkpointing
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.filesystem as filesystem
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from mrl.backends.megatron.role_state import device_rng_state, set_device_rng_state
 from mrl.interfaces import CheckpointError
@@ -45,14 +51,19 @@ def save_role(parts: EngineParts, folder: Path) -> None:
         "rng_layout": _rng_layout(parts),
         "rng": _rng_object(parts.groups),
     }
+    _write_errors.clear()
     try:
         dist_checkpointing.save(state, str(folder), content_metadata=dict(_FORMAT))
     except CheckpointException as error:
         # Raised on all ranks together, but only the coordinator knows what happened where.
+        own = _write_errors[-1] if _write_errors else ""
         description = _describe(error)
-        reports = gather_results(lambda: description)
-        reason = next((report for report in reports if report), "no rank says why")
+        reports = gather_results(lambda: (own, description))
+        reason = next(filter(None, [report for reports in zip(*reports, strict=True) for report in reports]), "unknown")
         raise CheckpointError(f"cannot write the checkpoint {folder}: {reason}") from error
+    except OSError as error:
+        # On the coordinator alone, with the other ranks still waiting for it: this rank has to end.
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
 
 
 @torch.no_grad()
@@ -78,6 +89,36 @@ def load_role(parts: EngineParts, folder: Path) -> None:
     if "rng" in loaded:
         set_device_rng_state(loaded["rng"]["device"])
         get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+
+
+_write_errors: list[str] = []
+"""Of the save in progress, on this rank."""
+
+
+@functools.wraps(filesystem._write_item)
+def _write_whole_item(
+    transforms: Any, stream: Any, data: Any, write_item: WriteItem, storage_key: str, **options: Any
+) -> Any:
+    """Hand a tensor's bytes to the file in one piece.
+
+    `torch.save` into a file on a full disk loses the system's error in its C++ writer, and has crashed in there.
+    """
+    if isinstance(data, torch.Tensor):
+        buffer = io.BytesIO()
+        torch.save(data, buffer)
+        data, write_item = buffer, replace(write_item, type=WriteItemType.BYTE_IO)
+    try:
+        result = filesystem._write_item(transforms, stream, data, write_item, storage_key, **options)
+        stream.flush()
+        return result
+    except OSError as error:
+        # Megatron reports the error's type only.
+        _write_errors.append(f"rank {dist.get_rank()}: {error}")
+    # Not the error itself: its frames hold a view of a BytesIO, and Python crashes when it collects such a cycle.
+    raise OSError(_write_errors[-1])
+
+
+setattr(filesystem_async, "_write_item", _write_whole_item)  # noqa: B010
 
 
 def _training(parts: EngineParts) -> TrainingParts:
