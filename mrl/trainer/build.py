@@ -185,8 +185,9 @@ def _join(
         trackers=_trackers(config, plan, env, stack, total_steps),
         checkpointer=checkpointer,
     )
-    if plan.resume is not None:
-        trainer.resume(checkpointer.load(plan.resume))
+    state = checkpointer.load(plan.resume)
+    if state is not None:
+        trainer.resume(state)
     return trainer
 
 

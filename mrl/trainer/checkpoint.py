@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _STATE, _LATEST, _ENGINE_STATE, _HUGGING_FACE = "trainer.json", "latest", "dist_ckpt", "huggingface"
 _SAVING, _REMOVED = ".saving", ".removed-"
+_REMEDY = (
+    "Free space, lower trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep, or set "
+    "trainer.default_local_dir to another disk; older checkpoints are untouched"
+)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,13 +89,13 @@ class Checkpointer:
         begin = time.perf_counter()
         folder = checkpoint_folder(self.root, state.step)
         scratch = folder.with_name(folder.name + _SAVING)
-        broadcast_result(lambda: _reporting(folder, lambda: self._prepare(folder, scratch)))
+        _on_one_rank(folder, lambda: self._prepare(folder, scratch))
         try:
             for name, role in self.roles.items():
                 self._save_role(role, scratch / name)
-            broadcast_result(lambda: _reporting(folder, lambda: self._write_state(scratch, state)))
+            _on_one_rank(folder, lambda: self._write_state(scratch, state))
             files = _merge(gather_results(lambda: _reporting(folder, lambda: _record_share(scratch))))
-            broadcast_result(lambda: _reporting(folder, lambda: self._publish(scratch, folder, state, files)))
+            _on_one_rank(folder, lambda: self._publish(scratch, folder, state, files))
         except CheckpointError:
             if dist.get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -99,17 +103,20 @@ class Checkpointer:
         size_gib = sum(file.num_bytes for file in files.values()) / 2**30
         logger.info("checkpoint %s: %.3f GiB in %.1f s", folder, size_gib, time.perf_counter() - begin)
 
-    def load(self, point: ResumePoint) -> LoopState:
-        """Fill every role from a checkpoint, whose files are verified first.
+    def load(self, point: ResumePoint | None) -> LoopState | None:
+        """Fill every role from a checkpoint, if there is one, after verifying its files.
 
         Raises:
-            CheckpointError: a file is missing, cut short or changed; on all ranks, before anything is loaded.
+            CheckpointError: a file is missing, cut short or changed, or ranks see other checkpoints; on all ranks,
+                before anything is loaded.
         """
         begin = time.perf_counter()
-        folder, manifest = point.folder, point.manifest
-        steps = gather_results(lambda: manifest.step)
+        steps = gather_results(lambda: point.manifest.step if point else None)
         if len(set(steps)) > 1:
             raise CheckpointError(f"the ranks found checkpoints of steps {steps}; give all hosts one shared folder")
+        if point is None:
+            return None
+        folder, manifest = point.folder, point.manifest
         mine = list(manifest.files)[dist.get_rank() :: dist.get_world_size()]
         gather_results(lambda: verify_files(folder, {name: manifest.files[name] for name in mine}))
         for name, role in self.roles.items():
@@ -145,7 +152,7 @@ class Checkpointer:
         except CheckpointError as error:
             raise CheckpointError(f"{error}. {_REMEDY}") from error
         if finish is not None:
-            broadcast_result(lambda: _reporting(folder, lambda: finish(folder / _HUGGING_FACE)))
+            _on_one_rank(folder, lambda: finish(folder / _HUGGING_FACE))
 
     def _write_state(self, scratch: Path, state: LoopState) -> None:
         (scratch / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
@@ -175,10 +182,9 @@ class Checkpointer:
                 _remove(folder)
 
 
-_REMEDY = (
-    "Free space, lower trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep, or set "
-    "trainer.default_local_dir to another disk; older checkpoints are untouched"
-)
+def _on_one_rank(folder: Path, work: Callable[[], None]) -> None:
+    """Do `work` on one rank; its failure is raised on all of them."""
+    broadcast_result(lambda: _reporting(folder, work))
 
 
 def _reporting[T](folder: Path, work: Callable[[], T]) -> T:

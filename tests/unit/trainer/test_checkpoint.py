@@ -91,6 +91,10 @@ def test_only_the_newest_of_each_role_are_kept(tmp_path, one_rank):
     assert newest(tmp_path) == 3
 
 
+def test_a_new_run_has_nothing_to_load(tmp_path, one_rank):
+    assert build(tmp_path).load(None) is None
+
+
 def save_and_die(run_dir, step, deadly_event):
     """Save in a child that dies at its n-th system call on files; whether it died."""
     child = os.fork()
