@@ -21,8 +21,8 @@ from mrl.reshard.spec import ModelSpec
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _PACKAGES = ("mrl", "torch", "megatron-core", "sglang", "transformers")
-_BYTES_OF_STATE = 12
-"""Per parameter: the optimizer's float32 weight and two moments."""
+_BYTES_PER_PARAMETER = {"float32": 4 + 8, "bfloat16": 2 + 4 + 8}
+"""The weight, a float32 copy of it where it is of another type, and two float32 moments."""
 # A longer context changes no weight.
 _FREE_SPEC_FIELDS = ("max_position_embeddings",)
 
@@ -42,8 +42,7 @@ class RoleRecord:
     @property
     def num_bytes(self) -> int:
         """Parameters and optimizer state, without what the file format adds."""
-        width = _BYTES_OF_STATE + (2 if self.dtype == "bfloat16" else 4)
-        return width * sum(_numel(tensor["shape"]) for tensor in self.tensors.values())
+        return _BYTES_PER_PARAMETER[self.dtype] * sum(_numel(tensor["shape"]) for tensor in self.tensors.values())
 
 
 @dataclass(kw_only=True, frozen=True)
