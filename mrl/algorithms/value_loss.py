@@ -37,7 +37,7 @@ def compute_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     """
     check_cliprange_value(cliprange_value)
     require_same_shape(values=values, old_values=old_values, returns=returns)
-    bounded = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    bounded = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     error = (values - returns).square()
     bounded_error = (bounded - returns).square()
     return ValueLoss(

@@ -198,7 +198,7 @@ def minimize(optimizer: torch.optim.AdamW, parameters: list[torch.Tensor], loss:
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
     optimizer.step()
-    return {"loss": float(loss), "grad_norm": float(norm)}
+    return {"loss": loss.item(), "grad_norm": norm.item()}
 
 
 def mean_of(rounds: list[dict[str, float]], role: str) -> dict[str, float]:
