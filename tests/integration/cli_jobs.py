@@ -29,7 +29,10 @@ class Outcome:
 
 
 class Command:
-    """A running training command; its own process group, so that a test can send what a terminal would."""
+    """A running training command; its own process group, so that a test can send what a terminal would.
+
+    A context: a test that fails inside leaves none of the command's processes to the tests after it.
+    """
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         preload_megatron()
@@ -40,6 +43,15 @@ class Command:
         self._process.start()
         self.pid = self._process.pid or 0
         self._family = {psutil.Process(self.pid)}
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._family, timeout=10)
 
     def wait_for(self, pattern: str, *, timeout_s: float = 120.0) -> None:
         """Until the output matches; fails if the command ends first."""
@@ -56,6 +68,15 @@ class Command:
             self._family |= set(psutil.Process(self.pid).children(recursive=True))
         return self._family
 
+    def find(self, word: str) -> psutil.Process:
+        """A running descendant with this word in its name or command line."""
+        for process in self.descendants():
+            # Processes end while one looks.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if word in " ".join([process.name(), *process.cmdline()]):
+                    return process
+        raise AssertionError(f"no process named {word!r}:\n{self.output()}")
+
     def output(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
@@ -67,7 +88,7 @@ class Command:
             self._process.join(0.1)
         assert not self._process.is_alive(), f"no end within {timeout_s} s:\n{self.output()}"
         _, alive = psutil.wait_procs(self._family, timeout=10)
-        assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], "processes were left behind"
+        assert not [p for p in alive if _runs(p)], "processes were left behind"
         status = self._process.exitcode
         assert status is not None
         return Outcome(status, self.output(), time.monotonic() - self._start)
@@ -76,12 +97,19 @@ class Command:
 def run_command(arguments: Sequence[str], folder: Path, *, during: Callable[[Command], None] | None = None) -> Outcome:
     """Run to the end; nothing may be left behind: no process and no shared memory."""
     before = set(os.listdir("/dev/shm"))
-    command = Command(arguments, folder / "output.txt")
-    if during is not None:
-        during(command)
-    outcome = command.finish()
+    with Command(arguments, folder / "output.txt") as command:
+        if during is not None:
+            during(command)
+        outcome = command.finish()
     assert set(os.listdir("/dev/shm")) <= before, "shared memory was left behind"
     return outcome
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _run(arguments: list[str], log: Path) -> None:

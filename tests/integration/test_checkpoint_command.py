@@ -120,12 +120,12 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
     own = ["trainer.max_critic_ckpt_to_keep=1", f"trainer.default_local_dir={tmp_path / 'run'}"]
     arguments = [*COMMON, *TWO_RANKS, *own]
     root = tmp_path / "run/checkpoints"
-    command = Command([*arguments, "trainer.total_training_steps=500"], tmp_path / "first.txt")
-    command.wait_for("global_step_2")
-    while not list(root.glob("*.saving")):
-        time.sleep(0.001)
-    os.kill(command.pid, signal.SIGKILL)
-    assert command.finish().status == -signal.SIGKILL
+    with Command([*arguments, "trainer.total_training_steps=500"], tmp_path / "first.txt") as command:
+        command.wait_for("global_step_2")
+        while not list(root.glob("*.saving")):
+            time.sleep(0.001)
+        os.kill(command.pid, signal.SIGKILL)
+        assert command.finish().status == -signal.SIGKILL
     last, _ = list_checkpoints(root)[-1]
     before = rows(tmp_path / "run")
     outcome = run_command([*arguments, f"trainer.total_training_steps={last + 1}"], tmp_path)

@@ -8,7 +8,6 @@ import re
 import signal
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,14 +165,10 @@ def test_an_engine_that_cannot_start_is_reported_with_its_own_error(tmp_path):
     assert "no_such_backend" in outcome.output, outcome.output
 
 
-def scheduler_of(command: Command) -> psutil.Process:
-    return next(p for p in command.descendants() if "scheduler" in " ".join([p.name(), *p.cmdline()]))
-
-
 def test_an_engine_killed_during_the_run_ends_it_within_seconds(tmp_path):
     def during(command: Command) -> None:
         command.wait_for(r"step 1/500")
-        scheduler_of(command).kill()
+        command.find("scheduler").kill()
 
     outcome = run_command(in_folder(tmp_path, "trainer.total_training_steps=500"), tmp_path, during=during)
     assert outcome.status == 1
@@ -196,10 +191,10 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
 
 
 def test_ranks_die_with_a_killed_launcher(tmp_path):
-    command = Command(in_folder(tmp_path, "trainer.total_training_steps=500"), tmp_path / "output.txt")
-    command.wait_for(r"step 1/500")
-    os.kill(command.pid, signal.SIGKILL)
-    assert command.finish().status == -signal.SIGKILL
+    with Command(in_folder(tmp_path, "trainer.total_training_steps=500"), tmp_path / "output.txt") as command:
+        command.wait_for(r"step 1/500")
+        os.kill(command.pid, signal.SIGKILL)
+        assert command.finish().status == -signal.SIGKILL
 
 
 def sizes(embedded, folder: Path, world_size: int) -> dict[str, str]:

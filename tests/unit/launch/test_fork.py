@@ -30,7 +30,7 @@ def test_a_user_error_is_reported_without_traceback_and_stops_the_others():
         run_ranks(main, 3)
     assert caught.value.rank == 1
     assert caught.value.user_error
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
 
 
 def test_the_cause_is_reported_rather_than_the_connections_it_broke():

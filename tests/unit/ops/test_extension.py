@@ -1,5 +1,4 @@
 import logging
-import time
 
 import pytest
 import torch
@@ -31,9 +30,7 @@ def test_what_is_built_is_not_built_again(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "_compile", lambda library, with_cuda: library.write_text("built"))
     first = extension.build(with_cuda=False, folder=tmp_path)
     monkeypatch.setattr(extension, "_compile", lambda library, with_cuda: pytest.fail("compiled twice"))
-    start = time.monotonic()
     assert extension.build(with_cuda=False, folder=tmp_path) == first
-    assert time.monotonic() - start < 5
 
 
 def test_changed_sources_are_built_anew(tmp_path, monkeypatch):

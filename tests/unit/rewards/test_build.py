@@ -35,8 +35,22 @@ def write_function(tmp_path):
     return write
 
 
+def running_children():
+    return {child for child in psutil.Process().children(recursive=True) if is_running(child)}
+
+
+def is_running(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
 def worker_processes():
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    """The children started since the test began; another test's are no business of these."""
+    others = running_children()
+    return lambda: running_children() - others
 
 
 EQUALITY = """
@@ -68,27 +82,39 @@ def test_no_samples_give_no_rewards(write_function):
         assert reward([]) == []
 
 
-def test_slow_samples_are_scored_concurrently(write_function):
-    with build_reward_fn(path=write_function(OBEDIENT), num_workers=4) as reward:
-        reward([make_sample("1")] * 4)
-        start = time.monotonic()
-        assert reward([make_sample("time.sleep(0.4) or 1")] * 4) == [(1.0, {})] * 4
-    assert time.monotonic() - start < 1.2, "four sleeps of 0.4 s one after the other take 1.6 s"
+def test_samples_are_scored_concurrently(write_function, tmp_path):
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    path = write_function(
+        f"""
+        import pathlib, time
+        def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+            meeting = pathlib.Path({str(meeting)!r})
+            (meeting / solution_str).touch()
+            while len(list(meeting.iterdir())) < 4:
+                time.sleep(0.01)
+            return 1
+        """
+    )
+    with build_reward_fn(path=path, num_workers=4, timeout_s=60) as reward:
+        assert reward([make_sample(str(index)) for index in range(4)]) == [(1.0, {})] * 4
 
 
 def test_coroutine_functions_run_at_once_in_one_worker(write_function):
     path = write_function(
         """
         import asyncio
+        all_here, here = asyncio.Event(), []
         async def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-            await asyncio.sleep(0.2)
+            here.append(solution_str)
+            if len(here) == 20:
+                all_here.set()
+            await all_here.wait()
             return float(solution_str)
         """
     )
-    with build_reward_fn(path=path, num_workers=1) as reward:
-        start = time.monotonic()
+    with build_reward_fn(path=path, num_workers=1, timeout_s=60) as reward:
         assert reward([make_sample(str(index)) for index in range(20)]) == [(float(index), {}) for index in range(20)]
-    assert time.monotonic() - start < 2.0, "twenty sleeps of 0.2 s one after the other take 4 s"
 
 
 @pytest.mark.parametrize(
@@ -141,22 +167,23 @@ def test_first_failure_does_not_wait_for_the_other_samples(write_function):
         start = time.monotonic()
         with pytest.raises(RewardError):
             reward([make_sample("1 / 0"), *[make_sample("time.sleep(5)")] * 20])
-    assert time.monotonic() - start < 4
+    # Waiting for all of them would take 50 s.
+    assert time.monotonic() - start < 25
 
 
-def test_close_ends_workers_at_work_and_what_they_started(write_function):
+def test_close_ends_workers_at_work_and_what_they_started(write_function, worker_processes):
     source = """
         import subprocess
         def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-            return subprocess.run(["sleep", "60"]).returncode
+            return subprocess.run(["sleep", "86.4"]).returncode
     """
     reward = build_reward_fn(path=write_function(source), num_workers=1, timeout_s=1)
     with pytest.raises(RewardError, match="time limit"):
         reward([make_sample()])
     reward.close()
     reward.close()
-    assert worker_processes() == []
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "60"]]
+    assert worker_processes() == set()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "86.4"]]
 
 
 def test_workers_die_with_a_killed_parent_even_when_they_hang(write_function, tmp_path):
@@ -186,7 +213,7 @@ def test_workers_die_with_a_killed_parent_even_when_they_hang(write_function, tm
     worker.wait(timeout=10)
 
 
-def test_a_forked_child_scores_with_workers_of_its_own(write_function):
+def test_a_forked_child_scores_with_workers_of_its_own(write_function, worker_processes):
     with build_reward_fn(path=write_function(EQUALITY), num_workers=1) as reward:
         before = worker_processes()
         child = os.fork()
@@ -208,10 +235,10 @@ def test_a_forked_child_scores_with_workers_of_its_own(write_function):
         ("import os; os._exit(7)", "compute_score", "exit status 7"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_at_once(write_function, source, name, complaint):
+def test_a_file_that_cannot_be_used_is_refused_at_once(write_function, worker_processes, source, name, complaint):
     with pytest.raises(ValueError, match=complaint):
         build_reward_fn(path=write_function(source), name=name)
-    assert worker_processes() == []
+    assert worker_processes() == set()
 
 
 def test_a_missing_file_is_refused(tmp_path):

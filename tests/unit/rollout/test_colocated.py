@@ -140,14 +140,14 @@ def test_one_failing_engine_is_raised_alike_on_every_rank(what):
         rollout = front(rank, {0: Reversing(delay_s=0.01), 2: Reversing(fails_on=what)})
         try:
             rollout.update_weights()
-            rollout.generate(PROMPTS * 100, PARAMS)
+            rollout.generate(PROMPTS * 300, PARAMS)
         except EngineError as error:
             return str(error)
         return "no error"
 
     begin = time.perf_counter()
     assert run(3, scenario) == [f"rollout engine of rank 2: no {what} today"] * 3
-    assert time.perf_counter() - begin < 10  # the healthy engine stops taking: 1,100 prompts would last 11 s
+    assert time.perf_counter() - begin < 25  # the healthy engine stops taking: 3,300 prompts would last 33 s
 
 
 def test_generation_goes_on_after_a_failed_update():
