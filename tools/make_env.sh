@@ -37,6 +37,8 @@ fi
 export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
 echo "mrl: building $venv with $python"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# An environment that uv has made comes without pip.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >/dev/null
 [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" -r requirements.lock
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation -e .
