@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class ValueObjective:
     loss_agg_mode: str = "token-mean"
     loss_scale_factor: float | None = None
     """Constant divisor, for `seq-mean-token-sum-norm` only."""
+    needs_entropy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_cliprange_value(self.cliprange_value)

@@ -9,6 +9,10 @@ from mrl.config.actor import KLKind
 from mrl.config.checks import at_least, more_than, within
 from mrl.config.section import Section
 
+AdvEstimator = Literal["gae"]
+CRITIC_ESTIMATORS: frozenset[str] = frozenset({"gae"})
+"""The estimators that need a critic's values."""
+
 
 @dataclass(kw_only=True, frozen=True)
 class KLCtrlConfig(Section):
@@ -33,7 +37,7 @@ class KLCtrlConfig(Section):
 class AlgorithmConfig(Section):
     """From rewards to advantages."""
 
-    adv_estimator: Literal["gae"] = "gae"
+    adv_estimator: AdvEstimator = "gae"
     """Advantage estimator."""
     gamma: float = 1.0
     """Discount per token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mrl.config.actor import ActorConfig, RefConfig
-from mrl.config.algorithm import AlgorithmConfig
+from mrl.config.algorithm import CRITIC_ESTIMATORS, AlgorithmConfig
 from mrl.config.critic import CriticConfig
 from mrl.config.data import DataConfig
 from mrl.config.errors import ConfigError
@@ -52,9 +52,15 @@ class PPOConfig(Section):
         """Whether any KL term is active; without one no reference model is built."""
         return self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are made from values; without a critic none is built."""
+        return self.algorithm.adv_estimator in CRITIC_ESTIMATORS
+
     def check(self) -> None:
         self._check_batch("actor_rollout_ref.actor", self.actor_rollout_ref.actor)
-        self._check_batch("critic", self.critic)
+        if self.needs_critic:
+            self._check_batch("critic", self.critic)
         self._check_lengths()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:

@@ -6,6 +6,7 @@ message before a rank exists.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,9 @@ from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec, load_spec
 from mrl.trainer.manifest import RoleRecord, describe_role
-from mrl.trainer.ppo import UpdateSchedule
 from mrl.trainer.resume import ResumePoint, find_resume_point
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
+from mrl.trainer.updates import UpdateSchedule
 
 Device = Literal["cpu", "cuda"]
 
@@ -53,18 +54,18 @@ class RunPlan:
     world_size: int
     run_dir: Path
     actor: RolePlan
-    critic: RolePlan
+    critic: RolePlan | None
     reference: RolePlan | None
     rollout_tp: int
     num_engines: int
     actor_schedule: UpdateSchedule
-    critic_schedule: UpdateSchedule
+    critic_schedule: UpdateSchedule | None
     ref_micro_batch_size: int
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
     actor_record: RoleRecord
     """What the actor's checkpoints hold."""
-    critic_record: RoleRecord
+    critic_record: RoleRecord | None
     resume: ResumePoint | None
     """The checkpoint that the run continues."""
 
@@ -73,7 +74,7 @@ class RunPlan:
         return [
             ("device", f"{self.device}, {self.world_size} ranks"),
             ("actor", str(self.actor)),
-            ("critic", str(self.critic)),
+            ("critic", str(self.critic) if self.critic else "none: advantages need no values"),
             ("reference", str(self.reference) if self.reference else "none: no KL term is configured"),
             ("rollout", f"{self.num_engines} x SGLang at TP{self.rollout_tp}"),
             ("files", str(self.run_dir)),
@@ -93,15 +94,17 @@ def plan_run(config: PPOConfig) -> RunPlan:
     files = _Files(run_dir / "embedded")
     actor_path = files.model(shared.model.path)
     actor = _plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, device, trained=True)
-    critic_path = files.model(config.critic.model.path)
-    critic = _plan_role(config, "critic", config.critic.megatron, critic_path, device, trained=True)
+    critic = None
+    if config.needs_critic:
+        critic_path = files.model(config.critic.model.path)
+        critic = _plan_role(config, "critic", config.critic.megatron, critic_path, device, trained=True)
     reference = None
     if config.needs_reference:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
-    _check_lengths(config, actor.spec, critic.spec)
+    _check_lengths(config, {"actor": actor, **({"critic": critic} if critic else {})})
     _check_reward_file(config)
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
-    critic_record = _describe(critic, config.critic.megatron, is_critic=True)
+    critic_record = _describe(critic, config.critic.megatron, is_critic=True) if critic else None
     trainer = config.trainer
     return RunPlan(
         device=device,
@@ -113,7 +116,7 @@ def plan_run(config: PPOConfig) -> RunPlan:
         rollout_tp=shared.rollout.tensor_model_parallel_size,
         num_engines=_count_engines(config, actor.spec, device),
         actor_schedule=actor_schedule(config, actor.layout.dp),
-        critic_schedule=critic_schedule(config, critic.layout.dp),
+        critic_schedule=critic_schedule(config, critic.layout.dp) if critic else None,
         ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
         train_files=files.data(config.data.train_files),
         val_files=files.data(config.data.val_files) if trainer.validates else (),
@@ -123,7 +126,7 @@ def plan_run(config: PPOConfig) -> RunPlan:
             trainer.resume_mode,
             run_dir,
             trainer.resume_from_path,
-            {"actor": actor_record, "critic": critic_record},
+            {"actor": actor_record, **({"critic": critic_record} if critic_record else {})},
         ),
     )
 
@@ -229,13 +232,14 @@ def _check_reward_file(config: PPOConfig) -> None:
         raise ValueError(f"reward.custom_reward_function.path = {path} does not exist; give a Python file")
 
 
-def _check_lengths(config: PPOConfig, actor: ModelSpec, critic: ModelSpec) -> None:
+def _check_lengths(config: PPOConfig, roles: Mapping[str, RolePlan]) -> None:
     needed = config.data.max_prompt_length + config.data.max_response_length
-    for role, spec in (("actor", actor), ("critic", critic)):
-        if needed > spec.max_position_embeddings:
+    for name, role in roles.items():
+        limit = role.spec.max_position_embeddings
+        if needed > limit:
             raise ValueError(
-                f"data.max_prompt_length + data.max_response_length = {needed} exceeds the {role} model's "
-                f"max_position_embeddings = {spec.max_position_embeddings}; lower one of them"
+                f"data.max_prompt_length + data.max_response_length = {needed} exceeds the {name} model's "
+                f"max_position_embeddings = {limit}; lower one of them"
             )
 
 

@@ -23,6 +23,7 @@ def actor_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> Role
 def critic_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
     """The value function."""
     critic = config.critic
+    assert plan.critic is not None, "this run has no critic"
     return _trained("critic", config, plan, plan.critic, critic.megatron, critic.optim, total_updates)
 
 

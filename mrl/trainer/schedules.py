@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mrl.config.batch import check_mini_batch, resolve_micro_batch_size
 from mrl.config.schema import PPOConfig
-from mrl.trainer.ppo import UpdateSchedule
+from mrl.trainer.updates import UpdateSchedule
 
 
 def actor_schedule(config: PPOConfig, dp_size: int) -> UpdateSchedule:

@@ -15,6 +15,7 @@ import torch
 from megatron_reference import TEMPERATURE, Reference, gather_hf_tensors, load_reference, save_tiny_model
 from ranks import run_on_ranks
 
+from mrl.algorithms.estimators.gae import GAE
 from mrl.algorithms.kl import AdaptiveKLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
@@ -23,10 +24,13 @@ from mrl.data.loader import PromptLoader
 from mrl.observability.trackers import TrackerList
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
+from mrl.trainer.advantages import AdvantageStage
+from mrl.trainer.collection import SampleCollector
 from mrl.trainer.phases import PhaseSwitch
-from mrl.trainer.ppo import PPOSettings, PPOTrainer, UpdateSchedule
+from mrl.trainer.ppo import ActorRole, CriticRole, LoopSettings, PPOTrainer, ReferenceRole
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.scoring import Scorer
+from mrl.trainer.updates import UpdateSchedule
 from mrl.trainer.validation import Validator
 from mrl.types import Generation, Prompt, Sample, SamplingParams
 
@@ -121,27 +125,32 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         mini_batch_size=MINI, micro_batch_size=2, forward_micro_batch_size=3, epochs=EPOCHS, shuffle=False, seed=0
     )
     trainer = PPOTrainer(
-        settings=PPOSettings(
-            gamma=GAMMA, lam=LAM, kl_penalty="kl", use_kl_in_reward=True, n_samples_per_prompt=1, critic_warmup=0,
-            total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False,
+        settings=LoopSettings(
+            critic_warmup=0, total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False
         ),
-        actor=actor, critic=critic, reference=reference, rollout=rollout, scorer=scorer,
+        collector=SampleCollector(
+            prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0),
+            rollout=rollout, scorer=scorer, sampling=sampling, n_samples_per_prompt=1,
+        ),
         phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
-        prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0), sampling=sampling,
-        policy_objective=PolicyObjective(
+        actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(
             clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C, entropy_coeff=ENTROPY_COEFF,
             use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF, kl_loss_type="low_var_kl",
+        )),
+        critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
+        reference=ReferenceRole(engine=reference, micro_batch_size=4),
+        advantages=AdvantageStage(
+            estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl",
+            kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
         ),
-        value_objective=ValueObjective(cliprange_value=CLIP_VALUE),
-        kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
-        actor_schedule=schedule, critic_schedule=schedule, ref_micro_batch_size=4, pad_token_id=0,
+        pad_token_id=0,
         validator=Validator(
             prompts=(), batch_size=None, rollout=rollout, scorer=scorer, sampling=sampling, n_samples_per_prompt=1,
             sample_writer=SampleWriter(None), num_logged=0,
         ),
         sample_writer=SampleWriter(None), trackers=TrackerList([]),
     )  # fmt: skip
-    log = [trainer.step(prompts, step=step) for step in range(1, STEPS + 1)]
+    log = [trainer.step(step) for step in range(1, STEPS + 1)]
     return log, gather_hf_tensors(actor, load_spec(folders["actor"]))
 
 

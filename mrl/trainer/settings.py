@@ -1,0 +1,91 @@
+"""From configuration sections to the plain values that the loop and its stages take."""
+
+from __future__ import annotations
+
+from mrl.algorithms.estimators import build_estimator
+from mrl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
+from mrl.algorithms.objectives import PolicyObjective, ValueObjective
+from mrl.config.algorithm import KLCtrlConfig
+from mrl.config.schema import PPOConfig
+from mrl.trainer.advantages import AdvantageStage
+from mrl.trainer.ppo import LoopSettings
+from mrl.types import SamplingParams
+
+
+def loop_settings(config: PPOConfig, total_steps: int) -> LoopSettings:
+    """When the loop does what."""
+    trainer = config.trainer
+    return LoopSettings(
+        critic_warmup=trainer.critic_warmup,
+        total_steps=total_steps,
+        test_freq=trainer.test_freq,
+        val_before_train=trainer.val_before_train,
+        val_only=trainer.val_only,
+    )
+
+
+def train_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams:
+    """How training samples are drawn."""
+    rollout = config.actor_rollout_ref.rollout
+    return SamplingParams(
+        max_new_tokens=config.data.max_response_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=eos_token_ids,
+        ignore_eos=rollout.ignore_eos,
+    )
+
+
+def val_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams:
+    """How validation samples are drawn."""
+    settings = config.actor_rollout_ref.rollout.val_kwargs
+    return SamplingParams(
+        max_new_tokens=config.data.max_response_length,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop_token_ids=eos_token_ids,
+    )
+
+
+def policy_objective(config: PPOConfig) -> PolicyObjective:
+    """What the actor minimises."""
+    actor = config.actor_rollout_ref.actor
+    return PolicyObjective(
+        clip_ratio_low=actor.clip_ratio_low,
+        clip_ratio_high=actor.clip_ratio_high,
+        clip_ratio_c=actor.clip_ratio_c,
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
+        entropy_coeff=actor.entropy_coeff,
+        use_kl_loss=actor.use_kl_loss,
+        kl_loss_coef=actor.kl_loss_coef,
+        kl_loss_type=actor.kl_loss_type,
+    )
+
+
+def value_objective(config: PPOConfig) -> ValueObjective:
+    """What the critic minimises."""
+    critic = config.critic
+    return ValueObjective(
+        cliprange_value=critic.cliprange_value,
+        loss_agg_mode=critic.loss_agg_mode,
+        loss_scale_factor=critic.loss_scale_factor or config.data.max_response_length,
+    )
+
+
+def advantage_stage(config: PPOConfig) -> AdvantageStage:
+    """From scores to advantages."""
+    algorithm = config.algorithm
+    return AdvantageStage(
+        estimator=build_estimator(algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam),
+        kl_penalty=algorithm.kl_penalty,
+        kl_controller=_kl_controller(algorithm.kl_ctrl) if algorithm.use_kl_in_reward else None,
+    )
+
+
+def _kl_controller(settings: KLCtrlConfig) -> KLController:
+    if settings.type == "adaptive":
+        return AdaptiveKLController(settings.kl_coef, target_kl=settings.target_kl, horizon=settings.horizon)
+    return FixedKLController(settings.kl_coef)

@@ -1,0 +1,69 @@
+"""How a role walks over the samples of a step: epochs, mini-batches, one optimizer step each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mrl.interfaces import LossFn, TrainEngine
+from mrl.types import TrainBatch
+
+Metrics = dict[str, float]
+
+
+@dataclass(kw_only=True, frozen=True)
+class UpdateSchedule:
+    """How one role walks over the samples of a step."""
+
+    mini_batch_size: int
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Samples per forward pass and data-parallel rank, with gradients."""
+    forward_micro_batch_size: int
+    """The same without gradients."""
+    epochs: int
+    shuffle: bool
+    seed: int
+
+
+class Objective(Protocol):
+    """What a role minimises."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the model must put `entropy` beside `log_probs`."""
+        ...
+
+    def bind(self, mini_batch: TrainBatch) -> LossFn:
+        """The loss function of `mini_batch`'s micro-batches."""
+        ...
+
+
+def update_role(
+    engine: TrainEngine, objective: Objective, batch: TrainBatch, schedule: UpdateSchedule, *, step: int
+) -> Metrics:
+    """Make every optimizer step of a role on this batch; returns each metric's mean over them, by its bare name."""
+    rounds = [
+        engine.update(
+            part,
+            objective.bind(part),
+            micro_batch_size=schedule.micro_batch_size,
+            with_entropy=objective.needs_entropy,
+        )
+        for part in iterate_mini_batches(batch, schedule, step=step)
+    ]
+    return {key.rsplit("/", 1)[-1]: sum(metrics[key] for metrics in rounds) / len(rounds) for key in rounds[0]}
+
+
+def iterate_mini_batches(batch: TrainBatch, schedule: UpdateSchedule, *, step: int) -> Iterator[TrainBatch]:
+    """Mini-batches of every epoch, in an order that depends on the seed, the step and the epoch alone."""
+    for epoch in range(schedule.epochs):
+        order = torch.arange(len(batch))
+        if schedule.shuffle:
+            generator = torch.Generator().manual_seed(hash((schedule.seed, step, epoch)) % 2**63)
+            order = torch.randperm(len(batch), generator=generator)
+        for indices in order.split(schedule.mini_batch_size):
+            yield batch.select(indices)
