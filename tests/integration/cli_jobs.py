@@ -53,7 +53,7 @@ class Command:
                 process.kill()
         psutil.wait_procs(self._family, timeout=10)
 
-    def wait_for(self, pattern: str, *, timeout_s: float = 120.0) -> None:
+    def wait_for(self, pattern: str, *, timeout_s: float = 240.0) -> None:
         """Until the output matches; fails if the command ends first."""
         deadline = time.monotonic() + timeout_s
         while not re.search(pattern, self.output()):
@@ -80,7 +80,7 @@ class Command:
     def output(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
-    def finish(self, *, timeout_s: float = 180.0) -> Outcome:
+    def finish(self, *, timeout_s: float = 280.0) -> Outcome:
         """The outcome, once the command and all that it started are gone."""
         deadline = time.monotonic() + timeout_s
         while self._process.is_alive() and time.monotonic() < deadline:

@@ -14,7 +14,7 @@ from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
 
 
-def run_on_ranks(function: Callable[[], Any], world_size: int, *, timeout_s: float = 90.0) -> list[Any]:
+def run_on_ranks(function: Callable[[], Any], world_size: int, *, timeout_s: float = 280.0) -> list[Any]:
     """What `function` returns on each of `world_size` gloo ranks, in rank order.
 
     The first failing rank's own error is raised here, as RankFailure; no process outlives the call.

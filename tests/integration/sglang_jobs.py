@@ -118,7 +118,7 @@ def greedy(model: LlamaForCausalLM, count: int) -> list[list[int]]:
 
 def start(folder: Path, *, tp_size: int, **kwargs: Any) -> SGLangEngine:
     """A small fp32 engine on CPU."""
-    limits = {"context_length": 512, "max_total_tokens": 4096, "start_timeout_s": 60.0, "call_timeout_s": 60.0}
+    limits = {"context_length": 512, "max_total_tokens": 4096, "start_timeout_s": 240.0, "call_timeout_s": 240.0}
     return SGLangEngine.start(folder, tp_size=tp_size, dtype="float32", device="cpu", **(limits | kwargs))
 
 
@@ -171,7 +171,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {name: (before[name], now[name]) for name in before if before[name] != now[name]}
 
 
-def in_own_process(job: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> Any:
+def in_own_process(job: Callable[..., Any], *args: Any, timeout_s: float = 280.0) -> Any:
     """What `job(*args)` returns in a forked process; its error is raised here."""
 
     def main(env: RankEnvironment) -> bytes:

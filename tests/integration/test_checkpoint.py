@@ -113,7 +113,7 @@ def test_training_goes_on_in_any_layout_and_bitwise_in_the_same(models, tmp_path
             results.append(run_case(models[family], kind, distributed, saved, others, folder))
         return results
 
-    for case, (unbroken, resumed) in zip(CASES, run_on_ranks(run_all, 4, timeout_s=240)[0], strict=True):
+    for case, (unbroken, resumed) in zip(CASES, run_on_ranks(run_all, 4, timeout_s=280)[0], strict=True):
         *_, saved, others = CASES[case]
         for axes, result in zip(others, resumed, strict=True):
             if axes == saved:

@@ -115,7 +115,7 @@ def test_interleaved_roles_equal_each_alone_bitwise(models) -> None:
             torch.testing.assert_close(together[name], results, atol=0, rtol=0)
             torch.testing.assert_close(local_weights(engines[name]), weights, atol=0, rtol=0)
 
-    run_on_ranks(compare, 8, timeout_s=150)
+    run_on_ranks(compare, 8, timeout_s=280)
 
 
 def run_critic_reference(path: str) -> tuple[torch.Tensor, list[dict[str, float]], torch.Tensor]:

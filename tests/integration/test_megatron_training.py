@@ -131,7 +131,7 @@ def test_every_layout_trains_like_transformers(models, references) -> None:
     def run_all() -> list[tuple[Any, ...]]:
         return [run_case(models[family], layout, options) for family, layout, options in CASES.values()]
 
-    by_rank = run_on_ranks(run_all, 8, timeout_s=240)
+    by_rank = run_on_ranks(run_all, 8, timeout_s=280)
     for number, (case, (family, _, _)) in enumerate(CASES.items()):
         check_against(references[family], by_rank[0][number], case)
         for results in by_rank[1:]:

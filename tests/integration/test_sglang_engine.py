@@ -338,12 +338,12 @@ def test_an_assert_of_the_schedulers_update_manager_is_a_failure(model_folder):
         raise AssertionError("Cache flush failed")
 
     def main(env: RankEnvironment):
-        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=240))
         answer = hooks.fail_instead_of_assert(refuse, SimpleNamespace(tp_cpu_group=dist.group.WORLD), None)
         dist.destroy_process_group()
         return answer.success, json.loads(answer.message)[0][1]["error"]
 
-    assert run_ranks(main, 2, timeout_s=60) == [(False, "AssertionError: Cache flush failed")] * 2
+    assert run_ranks(main, 2, timeout_s=240) == [(False, "AssertionError: Cache flush failed")] * 2
 
 
 def test_a_call_past_its_deadline_is_an_error(model_folder):
@@ -368,7 +368,7 @@ def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
 
     def main(env: RankEnvironment):
         engine = jobs.start(model_folder, tp_size=tp_sizes[env.rank]) if env.rank in tp_sizes else None
-        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=240))
         spec = load_spec(model_folder)
         model = jobs.LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         trainer = jobs.export_trainer(spec, model, pp=1)
@@ -386,6 +386,6 @@ def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
         return jobs.greedy(trained, GREEDY)
 
     rows = jobs.in_own_process(expected) * 2
-    for num_bytes, answers in run_ranks(main, 2, timeout_s=60):
+    for num_bytes, answers in run_ranks(main, 2, timeout_s=240):
         assert answers == [(str(index), row, 4) for index, row in enumerate(rows)]
         assert num_bytes > 600_000 * len(tp_sizes)
