@@ -107,7 +107,8 @@ def compute_explained_variance(values: Tensor, returns: Tensor, loss_mask: Tenso
         loss_mask: [B, T] bool.
 
     Returns:
-        Scalar float32, at most 1; NaN when the returns do not vary, as nothing is left to explain.
+        Scalar float32, at most 1; NaN when the returns vary by no more than float32 rounding of the values in them:
+        nothing is left to explain.
 
     Raises:
         ValueError: shapes differ.
@@ -116,4 +117,5 @@ def compute_explained_variance(values: Tensor, returns: Tensor, loss_mask: Tenso
     target = returns.double()
     total = masked_variance(target, loss_mask)
     unexplained = masked_variance(target - values.double(), loss_mask)
-    return torch.where(total > 0, 1 - unexplained / total, torch.nan).float()
+    rounding = (1e-6**2) * masked_mean(values.double() ** 2, loss_mask)
+    return torch.where(total > rounding, 1 - unexplained / total, torch.nan).float()

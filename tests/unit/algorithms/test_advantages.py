@@ -142,3 +142,11 @@ def test_explained_variance_by_hand_and_at_its_landmarks() -> None:
     assert compute_explained_variance(torch.ones(1, 4), returns, mask).item() == 0.0
     assert compute_explained_variance(-returns, returns, mask).item() == -3.0
     assert compute_explained_variance(returns, torch.ones(1, 4), mask).isnan()
+
+
+def test_returns_that_vary_by_rounding_leave_nothing_to_explain() -> None:
+    # Without discount and with equal rewards, returns are advantages + values: the values cancel but for rounding.
+    values = torch.tensor([[0.3, -1.7, 2.9, 0.1]])
+    returns = (1 - values) + values + torch.tensor([[0.0, 6e-8, -6e-8, 0.0]])
+    assert returns.std() > 0
+    assert compute_explained_variance(values, returns, torch.ones(1, 4, dtype=torch.bool)).isnan()
