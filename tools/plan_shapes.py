@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mrl.reshard.families.decoder import Cut, megatron_param, sglang_param
+from mrl.reshard.families.decoder import megatron_param, sglang_param
+from mrl.reshard.families.tables import Cut
 from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank, TargetParam
 from mrl.reshard.plan import Plan, build_plan
 from mrl.reshard.spec import ModelSpec

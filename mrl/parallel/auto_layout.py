@@ -5,74 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import count_params
 from mrl.reshard.spec import ModelSpec
 
 _GIB = 2**30
-
-
-@dataclass(kw_only=True, frozen=True)
-class ModelShape:
-    """What the layout of a decoder-only transformer depends on."""
-
-    num_params: int
-    """All parameters, embeddings included."""
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    tied_embeddings: bool = False
-
-    @classmethod
-    def of_decoder(
-        cls,
-        *,
-        num_layers: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        hidden_size: int,
-        intermediate_size: int,
-        vocab_size: int,
-        tied_embeddings: bool = False,
-        qkv_bias: bool = False,
-    ) -> ModelShape:
-        """The shape of a Llama or Qwen2 type model: grouped-query attention, SwiGLU, two RMSNorms a layer."""
-        query, key_value = num_attention_heads * head_dim, 2 * num_key_value_heads * head_dim
-        attention = hidden_size * (2 * query + key_value) + (query + key_value if qkv_bias else 0)
-        layer = attention + 3 * hidden_size * intermediate_size + 2 * hidden_size
-        matrices = 1 if tied_embeddings else 2
-        return cls(
-            num_params=num_layers * layer + hidden_size + matrices * vocab_size * hidden_size,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            vocab_size=vocab_size,
-            tied_embeddings=tied_embeddings,
-        )
-
-    @classmethod
-    def of_spec(cls, spec: ModelSpec) -> ModelShape:
-        """The shape of a Hugging Face model."""
-        return cls.of_decoder(
-            num_layers=spec.num_hidden_layers,
-            num_attention_heads=spec.num_attention_heads,
-            num_key_value_heads=spec.num_key_value_heads,
-            head_dim=spec.head_dim,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            vocab_size=spec.vocab_size,
-            tied_embeddings=spec.tie_word_embeddings,
-            qkv_bias=spec.attention_bias,
-        )
-
-    @property
-    def embedding_params(self) -> int:
-        """Parameters of one vocabulary matrix."""
-        return self.vocab_size * self.hidden_size
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -110,15 +46,15 @@ class BytesPerParameter:
         return self.weight + self.gradient + self.optimizer / (dp if self.optimizer_is_sharded else 1)
 
 
-def check_layout(layout: ParallelLayout, shape: ModelShape) -> None:
+def check_layout(layout: ParallelLayout, spec: ModelSpec) -> None:
     """Raise ValueError, with the numbers and what to change, unless `layout` divides the model's heads and layers."""
-    problem = _tp_problem(layout.tp, shape) or _pp_problem(layout.pp, layout.vpp, shape)
+    problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec)
     if problem:
         raise ValueError(problem)
 
 
 def choose_layout(
-    shape: ModelShape,
+    spec: ModelSpec,
     *,
     world_size: int,
     gpus_per_node: int,
@@ -132,7 +68,7 @@ def choose_layout(
     pipeline bubble and splits activations, too.
 
     Args:
-        shape: the model.
+        spec: the model.
         world_size, gpus_per_node: of the job; tensor-parallel groups never leave a node.
         memory_bytes_per_rank: what weights, gradients and optimizer state of this role may take on a rank, after
             activations, other roles and the rollout engine have had their share.
@@ -144,68 +80,67 @@ def choose_layout(
     """
     if world_size < 1 or gpus_per_node < 1:
         raise ValueError(f"world_size = {world_size} and gpus_per_node = {gpus_per_node} must be at least 1")
-    candidates = _candidates(shape, world_size, gpus_per_node, sequence_parallel)
-    needs = [(rank_bytes(layout, shape, bytes_per_parameter), layout) for layout in candidates]
+    candidates = _candidates(spec, world_size, gpus_per_node, sequence_parallel)
+    needs = [(rank_bytes(layout, spec, bytes_per_parameter), layout) for layout in candidates]
     for need, layout in needs:
         if need <= memory_bytes_per_rank:
             return layout
     need, layout = min(needs, key=lambda pair: pair[0])
     raise ValueError(
-        f"no layout of {shape.num_params / 1e9:.3g} billion parameters over {world_size} ranks fits "
+        f"no layout of {count_params(spec) / 1e9:.3g} billion parameters over {world_size} ranks fits "
         f"{memory_bytes_per_rank / _GIB:.2f} GiB per rank: the leanest, {layout}, needs {need / _GIB:.2f} GiB for "
         "weights, gradients and optimizer; use more or larger GPUs, the distributed optimizer, or optimizer offload"
     )
 
 
-def rank_bytes(layout: ParallelLayout, shape: ModelShape, bytes_per_parameter: BytesPerParameter) -> int:
+def rank_bytes(layout: ParallelLayout, spec: ModelSpec, bytes_per_parameter: BytesPerParameter) -> int:
     """Bytes of weights, gradients and optimizer state on the fullest rank, a stage with a vocabulary matrix."""
-    matrices = 1 if shape.tied_embeddings else 2
-    in_layers = (shape.num_params - matrices * shape.embedding_params) / layout.pp
+    matrices = 1 if spec.tie_word_embeddings else 2
+    embedding = spec.vocab_size * spec.hidden_size
+    in_layers = (count_params(spec) - matrices * embedding) / layout.pp
     # With pp > 1 the first and last stage hold one matrix each, tied or not.
-    on_stage = in_layers + shape.embedding_params * (matrices if layout.pp == 1 else 1)
+    on_stage = in_layers + embedding * (matrices if layout.pp == 1 else 1)
     return round(on_stage / layout.tp * bytes_per_parameter.total(layout.dp * layout.cp))
 
 
-def _candidates(
-    shape: ModelShape, world_size: int, gpus_per_node: int, sequence_parallel: bool
-) -> list[ParallelLayout]:
+def _candidates(spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_parallel: bool) -> list[ParallelLayout]:
     """Layouts that divide model, node and world, smallest replica first, then most tensor parallelism first."""
     layouts = [
         ParallelLayout(world_size=world_size, tp=tp, pp=pp, sequence_parallel=sequence_parallel and tp > 1)
         for tp in _divisors(gpus_per_node)
-        for pp in _divisors(shape.num_layers)
-        if world_size % (tp * pp) == 0 and not _tp_problem(tp, shape)
+        for pp in _divisors(spec.num_hidden_layers)
+        if world_size % (tp * pp) == 0 and not _tp_problem(tp, spec)
     ]
     return sorted(layouts, key=lambda layout: (layout.tp * layout.pp, layout.pp))
 
 
-def _tp_problem(tp: int, shape: ModelShape) -> str | None:
-    if not _tp_divides(tp, shape):
-        allowed = [size for size in _divisors(shape.num_attention_heads) if _tp_divides(size, shape)]
+def _tp_problem(tp: int, spec: ModelSpec) -> str | None:
+    if not _tp_divides(tp, spec):
+        allowed = [size for size in _divisors(spec.num_attention_heads) if _tp_divides(size, spec)]
         return (
-            f"tensor_model_parallel_size = {tp} does not fit num_attention_heads = {shape.num_attention_heads}, "
-            f"num_key_value_heads = {shape.num_key_value_heads} (either must divide the other), intermediate_size = "
-            f"{shape.intermediate_size}; choose one of {', '.join(map(str, allowed))}"
+            f"tensor_model_parallel_size = {tp} does not fit num_attention_heads = {spec.num_attention_heads}, "
+            f"num_key_value_heads = {spec.num_key_value_heads} (either must divide the other), intermediate_size = "
+            f"{spec.intermediate_size}; choose one of {', '.join(map(str, allowed))}"
         )
     return None
 
 
-def _tp_divides(tp: int, shape: ModelShape) -> bool:
-    kv_heads = shape.num_key_value_heads
+def _tp_divides(tp: int, spec: ModelSpec) -> bool:
+    kv_heads = spec.num_key_value_heads
     return (
-        shape.num_attention_heads % tp == 0
+        spec.num_attention_heads % tp == 0
         and (kv_heads % tp == 0 or tp % kv_heads == 0)
-        and shape.intermediate_size % tp == 0
+        and spec.intermediate_size % tp == 0
     )
 
 
-def _pp_problem(pp: int, vpp: int | None, shape: ModelShape) -> str | None:
+def _pp_problem(pp: int, vpp: int | None, spec: ModelSpec) -> str | None:
     chunks = pp * (vpp or 1)
-    if shape.num_layers % chunks == 0:
+    if spec.num_hidden_layers % chunks == 0:
         return None
     name = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if vpp else "")
-    allowed = ", ".join(map(str, _divisors(shape.num_layers)))
-    return f"{name} = {chunks} does not divide num_hidden_layers = {shape.num_layers}; make it one of {allowed}"
+    allowed = ", ".join(map(str, _divisors(spec.num_hidden_layers)))
+    return f"{name} = {chunks} does not divide num_hidden_layers = {spec.num_hidden_layers}; make it one of {allowed}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -51,6 +51,8 @@ def megatron_shard(
         for kind in ("weight", "bias") if spec.attention_bias else ("weight",):
             q, k, v = (state[f"{source}self_attn.{name}_proj.{kind}"] for name in "qkv")
             shard[f"{target}self_attention.linear_qkv.{kind}"] = rows(_interleave_groups(spec, q, k, v))
+        for name in ("q", "k") if spec.qk_layernorm else ():
+            shard[f"{target}self_attention.{name}_layernorm.weight"] = state[f"{source}self_attn.{name}_norm.weight"]
         shard[target + "self_attention.linear_proj.weight"] = columns(state[source + "self_attn.o_proj.weight"])
         gate, up = (rows(state[f"{source}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         shard[target + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
@@ -89,6 +91,9 @@ def _unshard_layer(prefix: str, kind: str, shards: list[Tensor], spec: ModelSpec
     for megatron, hugging_face in _LAYER_NORMS:
         if kind == f"{megatron}.weight":
             state[f"{prefix}{hugging_face}.weight"] = shards[0]
+    for name in ("q", "k"):
+        if kind == f"self_attention.{name}_layernorm.weight":
+            state[f"{prefix}self_attn.{name}_norm.weight"] = shards[0]
     if kind.startswith("self_attention.linear_qkv."):
         suffix = kind.rpartition(".")[2]
         for name, tensor in zip("qkv", _split_groups(spec, torch.cat(shards)), strict=True):
@@ -150,6 +155,9 @@ def sglang_shard(
         for kind in ("weight", "bias") if spec.attention_bias else ("weight",):
             q, k, v = (state[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
             shard[f"{prefix}self_attn.qkv_proj.{kind}"] = torch.cat([rows(q), kv_rows(k), kv_rows(v)])
+        for name in ("q", "k") if spec.qk_layernorm else ():
+            norm = f"{prefix}self_attn.{name}_norm.weight"
+            shard[norm] = state[norm]
         gate, up = (rows(state[f"{prefix}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         shard[prefix + "mlp.gate_up_proj.weight"] = torch.cat([gate, up])
         shard[prefix + "self_attn.o_proj.weight"] = columns(state[prefix + "self_attn.o_proj.weight"])

@@ -10,6 +10,18 @@ from typing import Any
 
 
 @dataclass(kw_only=True, frozen=True)
+class RopeScaling:
+    """Llama 3's rescaling of the rotary frequencies (`rope_type` "llama3"), in Hugging Face's words."""
+
+    factor: float
+    """Wavelengths of more than original_max_position_embeddings / low_freq_factor tokens grow by this."""
+    low_freq_factor: float
+    high_freq_factor: float
+    """Wavelengths of less than original_max_position_embeddings / high_freq_factor tokens stay."""
+    original_max_position_embeddings: int
+
+
+@dataclass(kw_only=True, frozen=True)
 class ModelSpec:
     """Shape of a decoder-only model, in Hugging Face's words."""
 
@@ -28,13 +40,17 @@ class ModelSpec:
     tie_word_embeddings: bool
     attention_bias: bool
     """Bias on the q, k and v projections."""
+    qk_layernorm: bool = False
+    """RMSNorm over each head of q and of k, before the rotary embedding."""
+    rope_scaling: RopeScaling | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        return cls(**data)
+        scaling = data.get("rope_scaling")
+        return cls(**{**data, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 def load_spec(path: str | Path) -> ModelSpec:

@@ -17,11 +17,13 @@ import torch
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
 from mrl.data.embedded import resolve_embedded
-from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout, choose_layout
+from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_layout
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import count_params
+from mrl.reshard.hf_export import list_model_files
 from mrl.reshard.spec import ModelSpec, load_spec
 from mrl.trainer.manifest import RoleRecord, describe_role
-from mrl.trainer.resume import ResumePoint, find_resume_point
+from mrl.trainer.resume import CurrentRole, ResumePoint, find_resume_point
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
 from mrl.trainer.updates import UpdateSchedule
 
@@ -43,7 +45,7 @@ class RolePlan:
     layout: ParallelLayout
 
     def __str__(self) -> str:
-        return f"{self.spec.family}, {ModelShape.of_spec(self.spec).num_params / 1e6:.1f} M parameters, {self.layout}"
+        return f"{self.spec.family}, {count_params(self.spec) / 1e6:.1f} M parameters, {self.layout}"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -66,6 +68,7 @@ class RunPlan:
     actor_record: RoleRecord
     """What the actor's checkpoints hold."""
     critic_record: RoleRecord | None
+    tokenizer_path: Path
     resume: ResumePoint | None
     """The checkpoint that the run continues."""
 
@@ -105,6 +108,10 @@ def plan_run(config: PPOConfig) -> RunPlan:
     _check_reward_file(config)
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
     critic_record = _describe(critic, config.critic.megatron, is_critic=True) if critic else None
+    tokenizer_path = Path(shared.model.tokenizer_path or actor_path).expanduser()
+    current = {"actor": _current(actor, actor_record, tokenizer_path)}
+    if critic and critic_record:
+        current["critic"] = _current(critic, critic_record, tokenizer_path)
     trainer = config.trainer
     return RunPlan(
         device=device,
@@ -122,12 +129,8 @@ def plan_run(config: PPOConfig) -> RunPlan:
         val_files=files.data(config.data.val_files) if trainer.validates else (),
         actor_record=actor_record,
         critic_record=critic_record,
-        resume=find_resume_point(
-            trainer.resume_mode,
-            run_dir,
-            trainer.resume_from_path,
-            {"actor": actor_record, **({"critic": critic_record} if critic_record else {})},
-        ),
+        tokenizer_path=tokenizer_path,
+        resume=find_resume_point(trainer.resume_mode, run_dir, trainer.resume_from_path, current),
     )
 
 
@@ -168,7 +171,7 @@ def _plan_role(
     spec = load_spec(path)
     try:
         layout = _layout(config, megatron, spec, device, trained=trained)
-        check_layout(layout, ModelShape.of_spec(spec))
+        check_layout(layout, spec)
     except ValueError as error:
         raise ValueError(f"{section}.megatron: {error}") from error
     return RolePlan(model_path=path, spec=spec, layout=layout)
@@ -198,7 +201,7 @@ def _automatic_layout(
     optimizer_offload = isinstance(megatron, TrainableMegatronConfig) and megatron.optimizer_offload
     share = _REFERENCE_SHARE if not trained else _OFFLOADED_SHARE if optimizer_offload else _TRAINED_SHARE
     return choose_layout(
-        ModelShape.of_spec(spec),
+        spec,
         world_size=trainer.world_size,
         gpus_per_node=trainer.n_gpus_per_node,
         memory_bytes_per_rank=int(share * memory_per_rank(device, trainer.n_gpus_per_node)),
@@ -224,6 +227,10 @@ def _describe(role: RolePlan, megatron: TrainableMegatronConfig, *, is_critic: b
         distributed_optimizer=megatron.use_distributed_optimizer,
         is_critic=is_critic,
     )
+
+
+def _current(role: RolePlan, record: RoleRecord, tokenizer_path: Path) -> CurrentRole:
+    return CurrentRole(record=record, model_files=list_model_files(role.model_path, tokenizer_path))
 
 
 def _check_reward_file(config: PPOConfig) -> None:

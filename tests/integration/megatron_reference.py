@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from family_configs import FAMILY_CONFIGS
 from torch import Tensor
 
 from mrl.backends.megatron.engine import MegatronEngine
@@ -29,7 +31,7 @@ OPTIMIZER = OptimizerSettings(
 )
 LEARNING_RATES = (1e-3, 3e-3, 5e-3)
 
-HIDDEN, FFN, HEADS, LAYERS = 128, 192, 8, 8
+HIDDEN, FFN, LAYERS = 128, 192, 8
 
 
 def save_tiny_model(
@@ -42,22 +44,26 @@ def save_tiny_model(
     sharded: bool = False,
     hidden_size: int = HIDDEN,
 ) -> str:
+    """A random model of a family, saved by `save_random_model`, deep enough for every pipeline layout."""
+    config = {
+        **FAMILY_CONFIGS[family],
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+    }
+    return save_random_model(path, config, sharded=sharded)
+
+
+def save_random_model(path: Path, config: dict[str, Any], *, sharded: bool = False) -> str:
     """A random model with non-trivial biases and norms, saved as a Hugging Face folder."""
-    configs = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
     torch.manual_seed(5)
-    config = configs[family](
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        initializer_range=0.08,
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config, initializer_range=0.08), dtype=torch.float32
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.launch.environment import RankEnvironment
@@ -52,11 +52,12 @@ def make_model(folder: Path, *, kv_heads: int = 4, seed: int = 0) -> LlamaForCau
     return model
 
 
-def export_trainer(spec: ModelSpec, model: LlamaForCausalLM, *, pp: int = 2) -> SyntheticTrainer:
+def export_trainer(spec: ModelSpec, model: PreTrainedModel, *, pp: int = 2) -> SyntheticTrainer:
     """The model's weights as trainer ranks (TP2 x PP) on this machine would export them."""
     layout = ParallelLayout(world_size=2 * pp, tp=2, pp=pp)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return export_layout(spec, state, layout, padded_vocab_size=256, host=socket.gethostname(), first_device=-1)
+    rows = -(-spec.vocab_size // 256) * 256
+    return export_layout(spec, state, layout, padded_vocab_size=rows, host=socket.gethostname(), first_device=-1)
 
 
 def control_of(spec: ModelSpec, trainer: SyntheticTrainer) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class TrainedEngine:
 
     def __init__(self, folder: Path, *, tp_size: int, updated: bool = True, **kwargs: Any) -> None:
         self.spec = load_spec(folder)
-        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.engine = start(folder, tp_size=tp_size, **kwargs)
         self.trainer = export_trainer(self.spec, self.model)
         self.control = control_of(self.spec, self.trainer)
@@ -105,7 +106,7 @@ class TrainedEngine:
         return worst
 
 
-def greedy(model: LlamaForCausalLM, count: int) -> list[list[int]]:
+def greedy(model: PreTrainedModel, count: int) -> list[list[int]]:
     """The next `count` tokens of each prompt by transformers."""
     rows = []
     for prompt in PROMPTS:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mrl.backends.megatron.adam import FusedAdam
 from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import padded_vocab_size
 from mrl.backends.megatron.role_state import RoleState
+from mrl.backends.megatron.rope import scaled_frequencies
+from mrl.reshard.spec import RopeScaling
 from mrl.types import Metric
 
 
@@ -94,6 +98,19 @@ def test_random_draws_of_a_role_are_its_own() -> None:
 @pytest.mark.parametrize(("size", "tp", "padded"), [(250, 2, 250), (250, 4, 252), (1, 8, 8)])
 def test_vocabulary_is_padded_to_a_multiple_of_tp(size, tp, padded) -> None:
     assert padded_vocab_size(size, tp) == padded
+
+
+@pytest.mark.parametrize("scaling", [(8.0, 1.0, 4.0, 8192), (32.0, 0.5, 3.0, 100)])
+def test_scaled_frequencies_are_those_of_transformers(scaling) -> None:
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    values = dict(zip(names, scaling, strict=True))
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **values}
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=64, rope_parameters=rope), torch.device("cpu"))
+    plain = 1.0 / 5e5 ** (torch.arange(0, 64, 2) / 64)
+    ours = scaled_frequencies(plain, RopeScaling(**values))
+    torch.testing.assert_close(ours, expected, atol=0, rtol=1e-6)
+    assert (ours < plain).any()
+    assert (ours == plain).any()
 
 
 @pytest.mark.parametrize(("decoupled", "torch_class"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"recompute": Recompute(granularity="selective")},
     ),
     "tied: tp2 pp1 dp4": ("llama", {"tp": 2}, {}),
+    "norms on q and k, kv heads < tp: tp4 dp2": ("qwen3", {"tp": 4}, {}),
+    "norms on q and k: tp2 pp2 vpp2 dp2 sp": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, {}),
 }
 
 
@@ -64,6 +66,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         # 250 rows: divisible by tp = 2, padded for tp = 4. The tied Llama's 2 KV heads are fewer than tp = 4.
         "qwen2": save_tiny_model(folder / "qwen2", "qwen2", vocab_size=VOCAB, kv_heads=4, sharded=True),
         "llama": save_tiny_model(folder / "llama", "llama", vocab_size=VOCAB, kv_heads=2, tied=True),
+        "qwen3": save_tiny_model(folder / "qwen3", "qwen3", vocab_size=VOCAB, kv_heads=2),
     }
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from family_configs import FAMILY_CONFIGS
 
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.parallel.layout import ParallelLayout
@@ -40,9 +41,9 @@ def _sglang():
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_parameter_is_what_sglang_loads_from_the_checkpoint(family, tied, kv_heads):
-    config = {**CONFIG, "model_type": family, "tie_word_embeddings": tied, "num_key_value_heads": kv_heads}
+    config = {**FAMILY_CONFIGS[family], "tie_word_embeddings": tied, "num_key_value_heads": kv_heads}
     for train, rollout_tp in LAYOUT_PAIRS:
         report = run_check(config, training_layout(train), rollout_tp=rollout_tp, dtype="bfloat16")
         assert len(report.ranks) == rollout_tp

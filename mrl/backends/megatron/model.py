@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mrl.backends.megatron.norm import RMSNorm
+from mrl.backends.megatron.rope import scaled_frequencies
 from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
@@ -96,6 +97,7 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=spec.attention_bias,
+        qk_layernorm=spec.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -175,7 +177,7 @@ def _build_gpt(
     num_layers = len(layout.layers_of(spec.num_hidden_layers, pp_rank, vp_stage))
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(num_layers),
+        transformer_layer_spec=_block_spec(spec, num_layers),
         vocab_size=padded_vocab_size(spec.vocab_size, layout.tp),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=pp_rank == 0 and not vp_stage,
@@ -186,17 +188,23 @@ def _build_gpt(
         vp_stage=vp_stage,
         pg_collection=groups,
     )
+    if spec.rope_scaling:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, spec.rope_scaling)
     if is_critic and model.post_process:
         model.output_layer = ValueHead(config, groups.tp)
     return model
 
 
-def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     if _use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
+    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=spec.qk_layernorm)
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if spec.qk_layernorm:
+        attention = submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

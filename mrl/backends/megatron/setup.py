@@ -29,7 +29,7 @@ from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.schedule import Schedule
 from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.agreement import gather_results
-from mrl.parallel.auto_layout import ModelShape, check_layout
+from mrl.parallel.auto_layout import check_layout
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
 
@@ -66,7 +66,7 @@ class RoleSetup:
             raise ValueError("a reference model is not trained; its optimizer must be None")
         if self.kind == "actor" and self.offload.parameters:
             raise ValueError("an actor's parameters stay on the device, where engines read them in place")
-        check_layout(self.layout, ModelShape.of_spec(self.spec))
+        check_layout(self.layout, self.spec)
 
 
 def build_engine(setup: RoleSetup) -> MegatronEngine:

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from sglang.srt.distributed import parallel_state
-from sglang.srt.models.llama import LlamaForCausalLM
-from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.runtime_context import get_context, get_parallel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-_MODELS: dict[str, type[nn.Module]] = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+from mrl.reshard.families import families, spec_from_config
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,18 @@ def build_engine_model(config: Mapping[str, Any], *, tp_rank: int, tp_size: int,
         config: parsed config.json of a supported family.
 
     Raises:
-        ValueError: the model type has no SGLang model here, or its sizes do not fit `tp_size`.
+        ValueError: the family is not supported, or its sizes do not fit `tp_size`.
     """
-    family = config["model_type"]
-    if family not in _MODELS:
-        raise ValueError(f"model_type = {family!r} is not one of {', '.join(_MODELS)}")
+    family = families()[spec_from_config(config).family]
+    model_class = getattr(import_module(f"sglang.srt.models.{family.model_type}"), family.architecture)
     hugging_face = AutoConfig.for_model(**config)
     with _engine_rank(tp_rank, tp_size), _default_dtype(dtype):
         try:
-            model = _MODELS[family](hugging_face)
+            model: nn.Module = model_class(hugging_face)
         except AssertionError as error:
-            raise ValueError(f"SGLang cannot cut {family} over tensor parallel size {tp_size}: {error}") from error
+            raise ValueError(
+                f"SGLang cannot cut {family.model_type} over tensor parallel size {tp_size}: {error}"
+            ) from error
     for param in model.parameters():
         param.data.fill_(torch.nan)
     return model
@@ -69,15 +69,19 @@ def load_reference(model: nn.Module, state: Mapping[str, Tensor], *, tp_rank: in
 
 @contextmanager
 def _engine_rank(tp_rank: int, tp_size: int) -> Iterator[None]:
-    ranks = {"tp_rank": tp_rank, "attn_tp_rank": tp_rank, "pp_rank": 0, "attn_dp_rank": 0, "attn_cp_rank": 0}
-    sizes = {"tp_size": tp_size, "attn_tp_size": tp_size, "pp_size": 1, "attn_dp_size": 1, "attn_cp_size": 1}
-    previous = parallel_state._PP, parallel_state._TP
-    parallel_state._PP, parallel_state._TP = _Group(1, 0), _Group(tp_size, tp_rank)
+    at_tp, alone = (tp_rank, tp_size), (0, 1)
+    axes = {"tp": at_tp, "attn_tp": at_tp, "moe_tp": at_tp}
+    axes |= dict.fromkeys(("pp", "attn_dp", "attn_cp", "moe_ep", "moe_dp"), alone)
+    ranks = {f"{axis}_rank": rank for axis, (rank, _) in axes.items()}
+    sizes = {f"{axis}_size": size for axis, (_, size) in axes.items()}
+    groups = {"_PP": _Group(1, 0), "_TP": _Group(tp_size, tp_rank), "_MOE_DP": _Group(1, 0)}
+    previous = {name: getattr(parallel_state, name) for name in groups}
+    vars(parallel_state).update(groups)
     try:
         with get_context().override_server_args(device="cpu"), get_parallel().override(**ranks, **sizes):
             yield
     finally:
-        parallel_state._PP, parallel_state._TP = previous
+        vars(parallel_state).update(previous)
 
 
 @contextmanager

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from mrl.reshard.families import decoder, llama, qwen2
+from mrl.reshard.families import decoder
 from mrl.reshard.families.config import Config
-from mrl.reshard.families.decoder import VOCABULARY_PARAMS, Cut, LocalParam, tensor_shapes
+from mrl.reshard.families.decoder import VOCABULARY_PARAMS, count_params, tensor_shapes
+from mrl.reshard.families.family import families
+from mrl.reshard.families.tables import Cut, LocalParam
 from mrl.reshard.layout import Piece
 from mrl.reshard.spec import ModelSpec
 
 __all__ = [
     "VOCABULARY_PARAMS",
+    "count_params",
     "expected_megatron_shape",
     "expected_sglang_shape",
+    "families",
     "megatron_pieces",
     "sglang_pieces",
     "spec_from_config",
     "tensor_shapes",
 ]
-
-_FAMILIES: dict[str, tuple[str, Callable[[Config], ModelSpec]]] = {
-    "llama": (llama.ARCHITECTURE, llama.spec_from_config),
-    "qwen2": (qwen2.ARCHITECTURE, qwen2.spec_from_config),
-}
 
 _REMEDY = {
     "SGLang": ". SGLang on CPU pads instead of replicating: KV heads to a multiple of its tensor parallel size and "
@@ -37,14 +36,16 @@ def spec_from_config(config: Config) -> ModelSpec:
     Raises:
         ValueError: an unsupported `model_type` or architecture, a missing size, or a field that cannot be honoured.
     """
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise ValueError(f"model_type = {family!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
-    architecture, read = _FAMILIES[family]
-    architectures = config.get("architectures") or [architecture]
-    if architecture not in architectures:
-        raise ValueError(f"architectures = {architectures} of a {family} model is not supported; use {architecture}")
-    return read(config)
+    model_type = config.get("model_type")
+    family = families().get(str(model_type))
+    if family is None:
+        raise ValueError(f"model_type = {model_type!r} is not supported; supported: {', '.join(sorted(families()))}")
+    architectures = config.get("architectures") or [family.architecture]
+    if family.architecture not in architectures:
+        raise ValueError(
+            f"architectures = {architectures} of a {model_type} model is not supported; use {family.architecture}"
+        )
+    return family.read(config)
 
 
 def megatron_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int) -> list[Piece]:

@@ -1,13 +1,24 @@
 """Choosing and checking layouts, with published model shapes and memory worked out by hand."""
 
+from typing import Any
+
 import pytest
 
-from mrl.parallel.auto_layout import BytesPerParameter, ModelShape, check_layout, choose_layout, rank_bytes
+from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_layout, rank_bytes
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import count_params
+from mrl.reshard.spec import ModelSpec
 
 GIB = 2**30
-LLAMA_8B = ModelShape.of_decoder(
-    num_layers=32,
+
+
+def make_spec(**fields: Any) -> ModelSpec:
+    settings = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    return ModelSpec(**{"family": "llama", "attention_bias": False, **settings, **fields})
+
+
+LLAMA_8B = make_spec(
+    num_hidden_layers=32,
     num_attention_heads=32,
     num_key_value_heads=8,
     head_dim=128,
@@ -16,8 +27,8 @@ LLAMA_8B = ModelShape.of_decoder(
     vocab_size=128256,
 )
 TRAINED_BF16 = BytesPerParameter.of(weight=2, trained=True)
-SMALL = ModelShape.of_decoder(
-    num_layers=6,
+SMALL = make_spec(
+    num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -28,19 +39,20 @@ SMALL = ModelShape.of_decoder(
 
 
 def test_parameter_counts_equal_the_published_ones() -> None:
-    assert LLAMA_8B.num_params == 8_030_261_248
-    qwen2_0_5b = ModelShape.of_decoder(
-        num_layers=24,
+    assert count_params(LLAMA_8B) == 8_030_261_248
+    qwen2_0_5b = make_spec(
+        family="qwen2",
+        num_hidden_layers=24,
         num_attention_heads=14,
         num_key_value_heads=2,
         head_dim=64,
         hidden_size=896,
         intermediate_size=4864,
         vocab_size=151936,
-        tied_embeddings=True,
-        qkv_bias=True,
+        tie_word_embeddings=True,
+        attention_bias=True,
     )
-    assert qwen2_0_5b.num_params == 494_032_768
+    assert count_params(qwen2_0_5b) == 494_032_768
 
 
 def test_bytes_per_parameter_of_the_usual_settings() -> None:
@@ -53,12 +65,12 @@ def test_bytes_per_parameter_of_the_usual_settings() -> None:
 
 
 def test_fullest_stage_holds_one_vocabulary_matrix_when_pipelined() -> None:
-    layer_params = LLAMA_8B.num_params - 2 * 128256 * 4096
+    layer_params = count_params(LLAMA_8B) - 2 * 128256 * 4096
     layout = ParallelLayout(world_size=8, tp=2, pp=4)
     expected = (layer_params / 4 + 128256 * 4096) / 2 * 18
     assert rank_bytes(layout, LLAMA_8B, TRAINED_BF16) == round(expected)
     alone = ParallelLayout(world_size=1)
-    assert rank_bytes(alone, LLAMA_8B, BytesPerParameter.of(weight=2, trained=False)) == 2 * LLAMA_8B.num_params
+    assert rank_bytes(alone, LLAMA_8B, BytesPerParameter.of(weight=2, trained=False)) == 2 * count_params(LLAMA_8B)
 
 
 @pytest.mark.parametrize(

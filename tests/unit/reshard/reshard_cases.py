@@ -39,6 +39,7 @@ specs = st.builds(
     head_dim=st.sampled_from([2, 4]),
     tie_word_embeddings=st.booleans(),
     attention_bias=st.booleans(),
+    qk_layernorm=st.booleans(),
 )
 
 

@@ -1,7 +1,10 @@
 """The layout tables against hand-worked boxes and against cat, reshape and chunk; config fields that are refused."""
 
+import json
+
 import pytest
 import torch
+from family_configs import FAMILY_CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reshard_cases import bitwise_equal, layouts, make_spec, padded, specs
@@ -9,6 +12,7 @@ from reshard_cases import bitwise_equal, layouts, make_spec, padded, specs
 from mrl.reshard.families import (
     expected_megatron_shape,
     expected_sglang_shape,
+    families,
     megatron_pieces,
     sglang_pieces,
     spec_from_config,
@@ -16,8 +20,16 @@ from mrl.reshard.families import (
 )
 from mrl.reshard.layout import Piece
 from mrl.reshard.reference import megatron_shard, sglang_shard
+from mrl.reshard.spec import ModelSpec, RopeScaling
 from mrl.reshard.synthetic import distinct_state
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 CONFIG = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -152,7 +164,7 @@ def test_a_parameter_that_does_not_fit_is_refused_by_name(name, shape, tp_size, 
 
 def test_a_bias_of_a_family_without_bias_is_refused():
     spec = make_spec(family="llama", attention_bias=False)
-    with pytest.raises(ValueError, match="llama has no bias"):
+    with pytest.raises(ValueError, match=r"linear_qkv.bias has no place in a llama checkpoint"):
         megatron_pieces(spec, "decoder.layers.0.self_attention.linear_qkv.bias", (32,), tp_rank=0, tp_size=1)
 
 
@@ -180,6 +192,8 @@ def test_llama_has_no_bias_and_its_kv_heads_default_to_all():
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+        {"rope_scaling": {**LLAMA3_ROPE, "factor": 0}},
+        {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}},
         {"use_sliding_window": True, "max_window_layers": 1},
         {"layer_types": ["full_attention", "sliding_attention"]},
         {"quantization_config": {"quant_method": "fp8"}},
@@ -194,9 +208,45 @@ def test_a_config_that_changes_the_mathematics_is_refused_by_name(field):
         spec_from_config({**CONFIG, **field})
 
 
-def test_llama_attention_bias_is_refused_because_it_biases_the_output_too():
-    with pytest.raises(ValueError, match="attention_bias"):
-        spec_from_config({**CONFIG, "model_type": "llama", "architectures": None, "attention_bias": True})
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_attention_bias_is_refused_where_it_biases_the_output_too(family):
+    with pytest.raises(ValueError, match=f"{family} config has attention_bias = True"):
+        spec_from_config({**FAMILY_CONFIGS[family], "attention_bias": True})
+
+
+def test_every_family_has_a_test_config_and_nothing_else_has():
+    assert FAMILY_CONFIGS.keys() == families().keys()
+    assert all(spec_from_config(config).family == name for name, config in FAMILY_CONFIGS.items())
+
+
+@pytest.mark.parametrize("config", FAMILY_CONFIGS.values(), ids=FAMILY_CONFIGS)
+def test_a_spec_survives_json(config):
+    spec = spec_from_config(config)
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_llama_3_scaling_is_read_from_both_spellings():
+    old = {**CONFIG, "model_type": "llama", "architectures": None, "rope_scaling": LLAMA3_ROPE}
+    new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {**LLAMA3_ROPE, "rope_theta": 1e6}
+    spec = spec_from_config(old)
+    assert spec == spec_from_config(new)
+    assert spec.rope_scaling == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+
+
+def test_qwen3_takes_its_own_head_dim_where_none_is_given():
+    config = {key: value for key, value in FAMILY_CONFIGS["qwen3"].items() if key != "head_dim"}
+    assert spec_from_config(config).head_dim == 128
+
+
+@pytest.mark.parametrize("window", [{"sliding_window": 511}, {}], ids=["short", "absent"])
+def test_mistral_with_a_sliding_window_is_refused(window):
+    config = {key: value for key, value in FAMILY_CONFIGS["mistral"].items() if key != "sliding_window"}
+    with pytest.raises(ValueError, match="mistral config has sliding_window = "):
+        spec_from_config({**config, "max_position_embeddings": 32768 if not window else 512, **window})
+    spec_from_config({**config, "sliding_window": 512})
 
 
 def test_a_sliding_window_that_no_layer_uses_is_accepted():

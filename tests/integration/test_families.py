@@ -1,0 +1,94 @@
+"""Every family against transformers: log-probs in several layouts, weights there and back, generation by SGLang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang_jobs as jobs
+import torch
+import torch.distributed as dist
+from family_configs import FAMILY_CONFIGS
+from megatron_reference import TEMPERATURE, gather_hf_tensors, load_reference, make_batch, save_random_model
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mrl.backends.megatron.setup import RoleSetup, build_engine
+from mrl.backends.sglang.preload import preload_sglang
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.spec import load_spec
+
+BATCH = make_batch(500, 5, seed=3)
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"tp": 2, "pp": 2, "vpp": 2},
+    {"tp": 4, "sequence_parallel": True},
+)
+# Log-probs of magnitude 6 through 4 layers in float32.
+LOG_PROB_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder: Path = tmp_path_factory.mktemp("families")
+    return {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
+
+
+def expected_log_probs(models: dict[str, str]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: load_reference(path).outputs(BATCH)["log_probs"] for name, path in models.items()}
+
+
+def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    spec = load_spec(path)
+    engine = build_engine(
+        RoleSetup(
+            kind="reference",
+            model_path=path,
+            spec=spec,
+            layout=ParallelLayout(world_size=dist.get_world_size(), **layout),
+            temperature=TEMPERATURE,
+        )
+    )
+    result = engine.compute_log_probs(BATCH, micro_batch_size=2), gather_hf_tensors(engine, spec)
+    engine.close()
+    return result
+
+
+def test_log_probs_equal_transformers_and_weights_come_back_bitwise(models) -> None:
+    def run_all() -> dict[str, list[tuple[Tensor, dict[str, Tensor]]]]:
+        return {name: [log_probs_and_weights(path, layout) for layout in LAYOUTS] for name, path in models.items()}
+
+    expected = run_on_ranks(lambda: expected_log_probs(models), 1)[0]
+    for name, results in run_on_ranks(run_all, 4)[0].items():
+        saved = load_file(Path(models[name]) / "model.safetensors")
+        for log_probs, weights in results:
+            torch.testing.assert_close(
+                log_probs, expected[name], atol=LOG_PROB_TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
+            assert weights.keys() == saved.keys()
+            assert all(torch.equal(weights[tensor], saved[tensor]) for tensor in saved), name
+
+
+def generate(folder: str, tp_size: int) -> tuple[list[list[int]], list[list[int]], float]:
+    trained = jobs.TrainedEngine(Path(folder), tp_size=tp_size)
+    try:
+        ours = trained.engine.generate(jobs.PROMPTS, jobs.sampling(16, temperature=0.0))
+        return (
+            [each.response_ids for each in ours],
+            jobs.greedy(trained.model, 16),
+            trained.log_prob_error(ours, 1.0),
+        )
+    finally:
+        trained.engine.shutdown()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_generation_after_a_reshard_equals_transformers(models, family) -> None:
+    preload_sglang()
+    ours, expected, log_prob_error = jobs.in_own_process(generate, models[family], 2)
+    assert ours == expected
+    # fp32 on both sides, as above.
+    assert log_prob_error < LOG_PROB_TOLERANCE
