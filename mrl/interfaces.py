@@ -6,7 +6,7 @@ computes, and over which processes, is the implementation's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,16 +42,20 @@ class TrainEngine(Protocol):
         """One optimizer step. Returns the reduced metrics of `loss_fn`, with `loss`, `grad_norm` and `lr` added."""
         ...
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write parameters, optimizer, schedule and random states to `folder`, which exists and is empty."""
+    def stage_checkpoint(self, folder: Path, *, in_background: bool) -> CheckpointWrite:
+        """Parameters, optimizer, schedule and random states of now, to be written to `folder`, which is empty.
+
+        Args:
+            in_background: take a copy, because training goes on while it is written; the copy before it is given up.
+        """
         ...
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Continue from what `save_checkpoint` wrote, in whatever layout that was."""
+    def load_checkpoint(self, folder: Path, contents: Collection[str]) -> None:
+        """Continue from what was written, in whatever layout that was; `contents` as load_contents names them."""
         ...
 
-    def export_hugging_face(self, folder: Path) -> None:
-        """Write the parameters to `folder`, which exists, as safetensors under their Hugging Face names."""
+    def stage_hugging_face(self, folder: Path, *, in_background: bool) -> CheckpointWrite:
+        """The parameters under their Hugging Face names, to be written to `folder`, which exists, as safetensors."""
         ...
 
     def offload(self) -> None:
@@ -64,6 +68,24 @@ class TrainEngine(Protocol):
 
     def close(self) -> None:
         """Release process groups and buffers."""
+        ...
+
+
+class CheckpointWrite(Protocol):
+    """What a role wants on the disk."""
+
+    def write(self) -> list[Path]:
+        """Write this rank's files and return their paths. Calls no collective, so any thread can do it.
+
+        Raises CheckpointError with the system's reason, on this rank only.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Write what describes all ranks' files. Called by all ranks once all of them have written theirs.
+
+        Raises CheckpointError on all ranks.
+        """
         ...
 
 

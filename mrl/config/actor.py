@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mrl.config.checkpoint import ActorCheckpointConfig
+from mrl.config.checkpoint import CheckpointConfig
 from mrl.config.checks import at_least, more_than, not_both
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.optim import OptimConfig
@@ -54,7 +54,7 @@ class ActorConfig(Section):
     """Optimizer and learning rate."""
     megatron: TrainableMegatronConfig = field(default_factory=TrainableMegatronConfig)
     """Layout and memory."""
-    checkpoint: ActorCheckpointConfig = field(default_factory=ActorCheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Contents of checkpoints."""
 
     def check(self) -> None:

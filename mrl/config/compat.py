@@ -51,6 +51,15 @@ ADVICE = {
     ),
     "trainer.val_generations_to_log_to_wandb": "set trainer.log_val_generations",
     "trainer.remove_previous_ckpt_in_save": "set trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep",
+    **{
+        f"{role}.checkpoint.{key}": advice
+        for role in ROLES
+        for key, advice in {
+            "strict": "drop it: exported weights are always complete, with names and shapes checked",
+            "save_lora_only": "drop it: there are no LoRA adapters, all parameters are trained and saved",
+            "mbridge_config": "drop it: no bridge is used, the export needs no settings",
+        }.items()
+    },
     "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
 }
 """Keys that verl has or had and that are refused, with what to do instead."""
@@ -81,8 +90,9 @@ def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str
 def explain_unknown(key: str) -> str:
     """One line about a key that does not exist: what replaced it, or which known ones are nearest."""
     target = ALIASES.get(key)
-    if target or key in ADVICE:
-        return f"unknown key {key}: {f'set {target}' if target else ADVICE[key]}"
+    advice = f"set {target}" if target else ADVICE.get(key) or ADVICE.get(key.rpartition(".")[0])
+    if advice:
+        return f"unknown key {key}: {advice}"
     nearest = suggest_keys(key)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see docs/config.md for all keys"
     return f"unknown key {key}: {hint}"

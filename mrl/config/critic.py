@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mrl.config.actor import LossAggMode
+from mrl.config.checkpoint import CriticCheckpointConfig
 from mrl.config.checks import at_least, not_both
 from mrl.config.megatron import TrainableMegatronConfig
 from mrl.config.model import CriticModelConfig
@@ -38,6 +39,8 @@ class CriticConfig(Section):
     """Optimizer and learning rate."""
     megatron: TrainableMegatronConfig = field(default_factory=TrainableMegatronConfig)
     """Layout and memory."""
+    checkpoint: CriticCheckpointConfig = field(default_factory=CriticCheckpointConfig)
+    """Contents of checkpoints."""
 
     def check(self) -> None:
         at_least(self, 1, "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size", "ppo_epochs")

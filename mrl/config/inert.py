@@ -194,12 +194,17 @@ _RUN_RULES = (
     ),
     _Rule(
         keys=(
-            f"{_ACTOR}.checkpoint.save_contents",
+            *(f"{role}.checkpoint.{key}" for role in (_ACTOR, "critic") for key in ("save_contents", "async_save")),
             "trainer.max_actor_ckpt_to_keep",
             "trainer.max_critic_ckpt_to_keep",
         ),
         when=lambda config: config.trainer.save_freq <= 0 or config.trainer.val_only,
         reason="the run saves no checkpoint; set trainer.save_freq (above the number of steps it saves the last only)",
+    ),
+    _Rule(
+        keys=(f"{_ACTOR}.checkpoint.load_contents", "critic.checkpoint.load_contents"),
+        when=lambda config: config.trainer.resume_mode == "disable",
+        reason="trainer.resume_mode is disable, so no checkpoint is loaded",
     ),
     _Rule(
         keys=("trainer.resume_from_path",),

@@ -111,11 +111,14 @@ def copy_model_files(model: Path, tokenizer: Path, folder: Path, *, dtype: str) 
     config.pop("dtype", None)
     config["torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for source in (model, tokenizer):
-        for pattern in _CARRIED:
-            for path in source.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+    for name, path in list_model_files(model, tokenizer).items():
+        shutil.copyfile(path, folder / name)
+
+
+def list_model_files(model: Path, tokenizer: Path) -> dict[str, Path]:
+    """Tokenizer and generation settings, by name; where both folders have a file, the tokenizer's."""
+    paths = (path for source in (model, tokenizer) for pattern in _CARRIED for path in source.glob(pattern))
+    return {path.name: path for path in paths if path.is_file()}
 
 
 def _owners(units: Sequence[int], spec: ModelSpec, layout: ParallelLayout) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -190,31 +190,38 @@ class _Builder:
 
     def _checkpointer(self, roles: _Roles) -> Checkpointer:
         config, plan = self._config, self._plan
-        trainer, shared = config.trainer, config.actor_rollout_ref
-        finish_export = partial(
-            copy_model_files,
-            plan.actor.model_path,
-            Path(shared.model.tokenizer_path or plan.actor.model_path).expanduser(),
-            dtype=shared.actor.megatron.dtype,
-        )
+        trainer, actor, critic = config.trainer, config.actor_rollout_ref.actor, config.critic
         checkpointed = {
             "actor": CheckpointedRole(
                 engine=roles.actor,
                 record=plan.actor_record,
                 max_to_keep=trainer.max_actor_ckpt_to_keep,
-                finish_export=finish_export if shared.actor.checkpoint.exports_hugging_face else None,
+                copy_model_files=self._copy_model_files(plan.actor.model_path, actor.megatron.dtype),
+                exports_hugging_face=actor.checkpoint.exports_hugging_face,
+                async_save=actor.checkpoint.async_save,
+                load_contents=actor.checkpoint.load_contents,
             )
         }
-        if roles.critic is not None and plan.critic_record is not None:
+        if roles.critic is not None and plan.critic is not None and plan.critic_record is not None:
             checkpointed["critic"] = CheckpointedRole(
-                engine=roles.critic, record=plan.critic_record, max_to_keep=trainer.max_critic_ckpt_to_keep
+                engine=roles.critic,
+                record=plan.critic_record,
+                max_to_keep=trainer.max_critic_ckpt_to_keep,
+                copy_model_files=self._copy_model_files(plan.critic.model_path, critic.megatron.dtype),
+                async_save=critic.checkpoint.async_save,
+                load_contents=critic.checkpoint.load_contents,
             )
-        return Checkpointer(
+        checkpointer = Checkpointer(
             root=checkpoint_root(plan.run_dir),
             roles=checkpointed,
             save_freq=trainer.save_freq,
             total_steps=self._total_steps,
         )
+        self._stack.callback(checkpointer.close)
+        return checkpointer
+
+    def _copy_model_files(self, model_path: Path, dtype: str) -> Callable[[Path], None]:
+        return partial(copy_model_files, model_path, self._plan.tokenizer_path, dtype=dtype)
 
     def _sample_writer(self, configured: str | None, kind: str) -> SampleWriter:
         if self._env.rank != 0:

@@ -1,41 +1,30 @@
-"""Checkpoints of a whole run: written beside their final place, complete before they are visible."""
+"""Checkpoints of a whole run: begun at a step, written at once or while training goes on, then published."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mrl.interfaces import CheckpointError, TrainEngine
+from mrl.interfaces import CheckpointError, CheckpointWrite, TrainEngine
 from mrl.parallel.agreement import broadcast_result, gather_results
-from mrl.trainer.manifest import (
-    FileRecord,
-    Manifest,
-    RoleRecord,
-    list_files,
-    record_files,
-    sync_folder,
-    verify_files,
-    write_durably,
-    write_manifest,
-)
-from mrl.trainer.resume import ResumePoint, checkpoint_folder, list_checkpoints
+from mrl.trainer.checkpoint_files import ENGINE_STATE, HUGGING_FACE, LOOP_STATE
+from mrl.trainer.checkpoint_store import CheckpointStore, explain_failure, scratch_of
+from mrl.trainer.damage import verify_with_tensors
+from mrl.trainer.manifest import FileRecord, Manifest, RoleRecord, record_files
+from mrl.trainer.resume import ResumePoint, checkpoint_folder
 
 logger = logging.getLogger(__name__)
 
-_STATE, _LATEST, _ENGINE_STATE, _HUGGING_FACE = "trainer.json", "latest", "dist_ckpt", "huggingface"
-_SAVING, _REMOVED = ".saving", ".removed-"
-_REMEDY = (
-    "Free space, lower trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep, or set "
-    "trainer.default_local_dir to another disk; older checkpoints are untouched"
-)
+Files = dict[str, FileRecord]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,49 +48,133 @@ class CheckpointedRole:
     record: RoleRecord
     max_to_keep: int | None
     """Newest checkpoints whose part of this role is kept; None is all."""
-    finish_export: Callable[[Path], None] | None = None
-    """Adds configuration and tokenizer to an exported Hugging Face model; None exports none."""
+    copy_model_files: Callable[[Path], None]
+    """Puts configuration, tokenizer and generation settings into a folder."""
+    exports_hugging_face: bool = False
+    """Write the weights beside them, too."""
+    async_save: bool = False
+    """Write this role's files while training goes on."""
+    load_contents: Sequence[str] = ("model", "optimizer", "extra")
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(kw_only=True)
+class _Unpublished:
+    """A checkpoint whose files are being written."""
+
+    folder: Path
+    state: LoopState
+    begin: float
+    waited_s: float = 0.0
+    """How long training stood still for it."""
+    writes: list[CheckpointWrite] = field(default_factory=list)
+    """Of all roles, to be finished once all ranks have written."""
+    written: Files = field(default_factory=dict)
+    """All ranks' files that training waited for."""
+    files: list[Future[Files]] = field(default_factory=list)
+    """Those of this rank that are left to the background."""
+
+    def collect_files(self) -> Files:
+        """Wait for this rank's files; raises what went wrong with the first that failed, after all have ended."""
+        errors = [error for future in self.files if (error := future.exception())]
+        if errors:
+            raise errors[0]
+        return {name: record for future in self.files for name, record in future.result().items()}
+
+    def is_written(self) -> bool:
+        """Whether this rank's files are written, or have failed."""
+        return all(future.done() for future in self.files)
+
+
+@dataclass(kw_only=True)
 class Checkpointer:
-    """Saves and loads a run's state. Every method is called by all ranks with the same arguments."""
+    """Saves and loads a run's state. Every method but `close` is called by all ranks with the same arguments."""
 
     root: Path
     roles: Mapping[str, CheckpointedRole]
     save_freq: int
     """Steps between checkpoints; at most 0 is never."""
     total_steps: int
+    _pending: _Unpublished | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._store = CheckpointStore(
+            root=self.root, limits={name: role.max_to_keep for name, role in self.roles.items()}
+        )
+        # A thread is enough: writing, checksums and waiting for the disk all happen outside Python's lock.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`."""
         return self.save_freq > 0 and (step % self.save_freq == 0 or step == self.total_steps)
 
     def save(self, state: LoopState) -> None:
-        """Write a checkpoint and remove those that are no longer to be kept.
+        """Write a checkpoint, or begin to if a role saves asynchronously, after an earlier one is published.
 
         It appears under its name only when all of it is on the disk; killed at any moment, the run leaves the
         checkpoints before it as they are.
 
         Raises:
-            CheckpointError: something could not be written; on all ranks. Training can go on.
+            CheckpointError: this or the earlier one could not be written; on all ranks. Training can go on.
         """
+        self._wait_for_earlier(state.step)
         begin = time.perf_counter()
         folder = checkpoint_folder(self.root, state.step)
-        scratch = folder.with_name(folder.name + _SAVING)
-        _on_one_rank(folder, lambda: self._prepare(folder, scratch))
+        pending = _Unpublished(folder=folder, state=state, begin=begin)
         try:
-            for name, role in self.roles.items():
-                self._save_role(role, scratch / name)
-            _on_one_rank(folder, lambda: self._write_state(scratch, state))
-            files = _merge(gather_results(lambda: _reporting(folder, lambda: _record_share(scratch))))
-            _on_one_rank(folder, lambda: self._publish(scratch, folder, state, files))
+            broadcast_result(lambda: self._begin(folder, state))
+            self._write_roles(pending)
         except CheckpointError:
-            if dist.get_rank() == 0:
-                shutil.rmtree(scratch, ignore_errors=True)
+            gather_results(lambda: wait(pending.files) and None)
+            self._discard(folder)
             raise
-        size_gib = sum(file.num_bytes for file in files.values()) / 2**30
-        logger.info("checkpoint %s: %.3f GiB in %.1f s", folder, size_gib, time.perf_counter() - begin)
+        pending.waited_s = time.perf_counter() - begin
+        self._pending = pending
+        if not pending.files:
+            self.finish()
+
+    def publish_if_written(self) -> None:
+        """Publish the checkpoint that is being written, if there is one and all ranks' files are done.
+
+        Raises:
+            CheckpointError: as `finish`.
+        """
+        pending = self._pending
+        if pending is not None and all(gather_results(pending.is_written)):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and publish it.
+
+        Raises:
+            CheckpointError: it could not be written, and nothing of it is left; on all ranks. Training can go on.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        begin = time.perf_counter()
+        try:
+            files = pending.written | _merge(gather_results(pending.collect_files))
+            for write in pending.writes:
+                write.finish()
+            num_bytes = broadcast_result(lambda: self._publish(pending, files))
+        except Exception:
+            self._discard(pending.folder)
+            raise
+        now = time.perf_counter()
+        logger.info(
+            "checkpoint %s: %.3f GiB in %.1f s, training waited %.1f s",
+            pending.folder,
+            num_bytes / 2**30,
+            now - pending.begin,
+            pending.waited_s + now - begin,
+        )
+
+    def close(self) -> None:
+        """Give up a checkpoint that is still being written; for a run that ends early. The next run removes it."""
+        if self._pending is not None:
+            logger.warning("checkpoint %s was not complete and is given up", self._pending.folder)
+            self._pending = None
+        self._writer.shutdown(wait=False, cancel_futures=True)
 
     def load(self, point: ResumePoint | None) -> LoopState | None:
         """Fill every role from a checkpoint, if there is one, after verifying its files.
@@ -117,96 +190,76 @@ class Checkpointer:
         if point is None:
             return None
         folder, manifest = point.folder, point.manifest
-        mine = list(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        gather_results(lambda: verify_files(folder, {name: manifest.files[name] for name in mine}))
+        mine = _share_of(manifest.files)
+        gather_results(lambda: verify_with_tensors(folder, manifest.files, mine))
         for name, role in self.roles.items():
-            role.engine.load_checkpoint(folder / name / _ENGINE_STATE)
-        state = LoopState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+            role.engine.load_checkpoint(folder / name / ENGINE_STATE, role.load_contents)
+        state = LoopState(**json.loads((folder / LOOP_STATE).read_text(encoding="utf-8")))
         logger.info("resumed from %s in %.1f s", point, time.perf_counter() - begin)
         return state
 
-    def _prepare(self, folder: Path, scratch: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for pattern in (f"*{_SAVING}", f"{_REMOVED}*", f"*/{_REMOVED}*"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover)
-        if folder.exists():
-            raise CheckpointError(f"{folder} exists already; move it away")
-        needed, free = sum(role.record.num_bytes for role in self.roles.values()), shutil.disk_usage(self.root).free
-        if needed > free:
-            raise CheckpointError(
-                f"checkpoint {folder} needs at least {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are "
-                f"free. {_REMEDY}"
+    def _wait_for_earlier(self, step: int) -> None:
+        pending = self._pending
+        if pending is not None and not all(gather_results(pending.is_written)):
+            logger.warning(
+                "the checkpoint of step %d waits for that of step %d, which is still being written; with a larger "
+                "trainer.save_freq or a faster disk it would not",
+                step,
+                pending.state.step,
             )
+        self.finish()
+
+    def _begin(self, folder: Path, state: LoopState) -> None:
+        num_bytes = sum(role.record.num_bytes for role in self.roles.values())
+        subfolders = [f"{name}/{part}" for name in self.roles for part in (ENGINE_STATE, HUGGING_FACE)]
+        scratch = self._store.begin(folder, num_bytes=num_bytes, subfolders=subfolders)
+        with explain_failure(folder):
+            (scratch / LOOP_STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+            for name, role in self.roles.items():
+                role.copy_model_files(scratch / name / HUGGING_FACE)
+
+    def _write_roles(self, pending: _Unpublished) -> None:
+        """Take every role's state; what is not left to the background is written before the next role's is taken."""
+        folder = pending.folder
         for name, role in self.roles.items():
-            (scratch / name / _ENGINE_STATE).mkdir(parents=True)
-            if role.finish_export is not None:
-                (scratch / name / _HUGGING_FACE).mkdir()
+            for write in _stage(role, scratch_of(folder) / name):
+                pending.writes.append(write)
+                task = partial(_write, folder, write)
+                if role.async_save:
+                    pending.files.append(self._writer.submit(task))
+                else:
+                    pending.written |= _merge(gather_results(task))
 
-    def _save_role(self, role: CheckpointedRole, folder: Path) -> None:
-        finish = role.finish_export
-        try:
-            role.engine.save_checkpoint(folder / _ENGINE_STATE)
-            if finish is not None:
-                role.engine.export_hugging_face(folder / _HUGGING_FACE)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. {_REMEDY}") from error
-        if finish is not None:
-            _on_one_rank(folder, lambda: finish(folder / _HUGGING_FACE))
-
-    def _write_state(self, scratch: Path, state: LoopState) -> None:
-        (scratch / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-
-    def _publish(self, scratch: Path, folder: Path, state: LoopState, files: dict[str, FileRecord]) -> None:
+    def _publish(self, pending: _Unpublished, files: Files) -> int:
         roles = {name: role.record for name, role in self.roles.items()}
+        state = pending.state
         manifest = Manifest(step=state.step, weight_version=state.weight_version, roles=roles, files=files)
-        write_manifest(scratch, manifest)
-        for path in scratch.rglob("*"):
-            if path.is_dir():
-                sync_folder(path)
-        scratch.rename(folder)
-        sync_folder(self.root)
-        write_durably(self.root / _LATEST, folder.name + "\n")
-        self._prune()
+        published = self._store.publish(pending.folder, manifest)
+        return sum(file.num_bytes for file in published.files.values())
 
-    def _prune(self) -> None:
-        """Remove each role's part of checkpoints past its limit, and checkpoints of which no part is left."""
-        folders = [folder for _, folder in list_checkpoints(self.root)]
-        for name, role in self.roles.items():
-            outdated = folders[: -role.max_to_keep] if role.max_to_keep else []
-            for folder in outdated:
-                if (folder / name).is_dir():
-                    _remove(folder / name)
-        for folder in folders:
-            if not any((folder / name).is_dir() for name in self.roles):
-                _remove(folder)
+    def _discard(self, folder: Path) -> None:
+        if dist.get_rank() == 0:
+            self._store.discard(folder)
 
 
-def _on_one_rank(folder: Path, work: Callable[[], None]) -> None:
-    """Do `work` on one rank; its failure is raised on all of them."""
-    broadcast_result(lambda: _reporting(folder, work))
+def _stage(role: CheckpointedRole, folder: Path) -> Iterator[CheckpointWrite]:
+    yield role.engine.stage_checkpoint(folder / ENGINE_STATE, in_background=role.async_save)
+    if role.exports_hugging_face:
+        yield role.engine.stage_hugging_face(folder / HUGGING_FACE, in_background=role.async_save)
 
 
-def _reporting[T](folder: Path, work: Callable[[], T]) -> T:
-    """The result of `work`, whose OSError becomes a message that names the checkpoint and says what to do."""
-    try:
-        return work()
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}. {_REMEDY}") from error
+def _write(folder: Path, write: CheckpointWrite) -> Files:
+    """Write a role's files on this rank; returns their records."""
+    scratch = scratch_of(folder)
+    with explain_failure(folder):
+        return record_files(scratch, [str(path.relative_to(scratch)) for path in write.write()])
 
 
-def _record_share(folder: Path) -> dict[str, FileRecord]:
-    """The records of this rank's share of the files."""
-    return record_files(folder, list_files(folder)[dist.get_rank() :: dist.get_world_size()])
+def _merge(shares: Iterable[Files]) -> Files:
+    return {name: record for share in shares for name, record in share.items()}
 
 
-def _merge(shares: list[dict[str, FileRecord]]) -> dict[str, FileRecord]:
-    merged = {name: record for share in shares for name, record in share.items()}
-    return dict(sorted(merged.items()))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder; killed half-way it leaves nothing that could be taken for it."""
-    doomed = folder.with_name(_REMOVED + folder.name)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _share_of(files: Mapping[str, FileRecord]) -> list[str]:
+    """This rank's share of the files, by size: neighbours in that order are about equal."""
+    by_size = sorted(files, key=lambda name: (files[name].num_bytes, name))
+    return by_size[dist.get_rank() :: dist.get_world_size()]

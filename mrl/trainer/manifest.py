@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from mrl.interfaces import CheckpointError
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import tensor_shapes
 from mrl.reshard.families.decoder import LM_HEAD
 from mrl.reshard.spec import ModelSpec
+from mrl.trainer.checkpoint_files import MANIFEST
 
-MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGES = ("mrl", "torch", "megatron-core", "sglang", "transformers")
 _BYTES_PER_PARAMETER = {"float32": 4 + 8, "bfloat16": 2 + 4 + 8}
 """The weight, a float32 copy of it where it is of another type, and two float32 moments."""
@@ -50,7 +52,8 @@ class FileRecord:
     """Size and checksum of one file."""
 
     num_bytes: int
-    sha256: str
+    xxh128: str
+    """Of its bytes. Against damage, not against forgery; ten times as fast as what would do the latter."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -125,6 +128,11 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+def new_checksum() -> xxhash.xxh3_128:
+    """What computes a file's checksum, in the manner of `hashlib`; for whoever writes a file piece by piece."""
+    return xxhash.xxh3_128()
+
+
 def list_files(folder: Path) -> list[str]:
     """Relative paths of all files of a checkpoint but its manifest, sorted."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -137,8 +145,8 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     for name in names:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            records[name] = FileRecord(num_bytes=file.tell(), sha256=digest)
+            digest = _checksum(file)
+            records[name] = FileRecord(num_bytes=file.tell(), xxh128=digest)
     return records
 
 
@@ -151,10 +159,10 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
             if size != expected.num_bytes:
                 raise CheckpointError(_damaged(path, f"it has {size} bytes instead of {expected.num_bytes}"))
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = _checksum(file)
         except OSError as error:
             raise CheckpointError(_damaged(path, error.strerror or str(error))) from error
-        if digest != expected.sha256:
+        if digest != expected.xxh128:
             raise CheckpointError(_damaged(path, "its checksum differs"))
 
 
@@ -182,6 +190,20 @@ def compare_packages(manifest: Manifest) -> list[str]:
     """One phrase for each package that is now installed in another version."""
     now = installed_packages()
     return [f"{name} {old} (now {now.get(name)})" for name, old in manifest.packages.items() if now.get(name) != old]
+
+
+def compare_files(manifest: Manifest, prefix: str, current: Mapping[str, Path]) -> list[str]:
+    """Names of `current` that the checkpoint has not, or with other contents, under `prefix`."""
+    changed = []
+    for name, path in current.items():
+        saved = manifest.files.get(prefix + name)
+        if saved is None or saved.num_bytes != path.stat().st_size:
+            changed.append(name)
+            continue
+        with path.open("rb") as file:
+            if _checksum(file) != saved.xxh128:
+                changed.append(name)
+    return changed
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -227,6 +249,10 @@ def _numel(shape: Iterable[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _checksum(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, new_checksum).hexdigest()  # type: ignore[arg-type]
 
 
 def _digest(contents: Mapping[str, Any]) -> str:

@@ -102,6 +102,8 @@ class PPOTrainer:
             if self._validates_at(step):
                 metrics |= self.validator.run(step=step)
             self.trackers.log(metrics, step=step)
+        if self.checkpointer is not None:
+            self.checkpointer.finish()
         return metrics
 
     def state(self, *, step: int) -> LoopState:
@@ -188,7 +190,10 @@ class PPOTrainer:
 
     def _save_if_due(self, step: int) -> None:
         """Save while the trainer has the devices: roles may give their state back for the rollout."""
-        if self.checkpointer is not None and self.checkpointer.is_due(step):
+        if self.checkpointer is None:
+            return
+        self.checkpointer.publish_if_written()
+        if self.checkpointer.is_due(step):
             with self._timer("save"):
                 self.checkpointer.save(self.state(step=step))
 

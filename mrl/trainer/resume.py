@@ -6,17 +6,33 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mrl.interfaces import CheckpointError
-from mrl.trainer.manifest import MANIFEST, Manifest, RoleRecord, check_role, compare_packages, read_manifest
+from mrl.trainer.checkpoint_files import HUGGING_FACE, MANIFEST
+from mrl.trainer.manifest import (
+    Manifest,
+    RoleRecord,
+    check_role,
+    compare_files,
+    compare_packages,
+    read_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("actor", "critic")
 _NAME = re.compile(r"global_step_(\d+)$")
+
+
+@dataclass(kw_only=True, frozen=True)
+class CurrentRole:
+    """A role as it is configured now."""
+
+    record: RoleRecord
+    model_files: Mapping[str, Path]
+    """What a checkpoint carries beside the weights, by name there: tokenizer, generation settings."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -49,7 +65,7 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def find_resume_point(
-    mode: str, run_dir: Path, resume_from_path: str | None, roles: Mapping[str, RoleRecord]
+    mode: str, run_dir: Path, resume_from_path: str | None, roles: Mapping[str, CurrentRole]
 ) -> ResumePoint | None:
     """The checkpoint to continue under `trainer.resume_mode`, checked against the roles as they are configured now.
 
@@ -61,22 +77,44 @@ def find_resume_point(
     if mode == "resume_path":
         assert resume_from_path is not None, "the configuration requires it"
         folder = Path(resume_from_path).expanduser().absolute()
+        point = ResumePoint(folder=folder, manifest=read_manifest(folder))
     else:
-        complete = [folder for _, folder in list_checkpoints(checkpoint_root(run_dir)) if not _missing_roles(folder)]
-        if not complete:
+        newest = _newest_complete(checkpoint_root(run_dir), roles)
+        if newest is None:
             return None
-        folder = complete[-1]
-    manifest = read_manifest(folder)
-    if missing := _missing_roles(folder):
-        raise CheckpointError(
-            f"checkpoint {folder} no longer has its {missing[0]}, which trainer.max_{missing[0]}_ckpt_to_keep removed; "
-            "choose a newer one"
-        )
-    for role, record in roles.items():
-        check_role(role, manifest.roles[role], record, folder)
+        point = newest
+    _check(point, roles)
+    return point
+
+
+def _newest_complete(root: Path, roles: Iterable[str]) -> ResumePoint | None:
+    """The newest checkpoint of which no role has been removed."""
+    for _, folder in reversed(list_checkpoints(root)):
+        manifest = read_manifest(folder)
+        if all((folder / role).is_dir() or role not in manifest.roles for role in roles):
+            return ResumePoint(folder=folder, manifest=manifest)
+    return None
+
+
+def _check(point: ResumePoint, roles: Mapping[str, CurrentRole]) -> None:
+    folder, manifest = point.folder, point.manifest
+    for role, current in roles.items():
+        if role not in manifest.roles:
+            raise CheckpointError(
+                f"checkpoint {folder} was written by a run without {role}; set trainer.resume_mode=disable or another "
+                "trainer.default_local_dir to start anew"
+            )
+        if not (folder / role).is_dir():
+            raise CheckpointError(
+                f"checkpoint {folder} no longer has its {role}, which trainer.max_{role}_ckpt_to_keep removed; "
+                "choose a newer one"
+            )
+        check_role(role, manifest.roles[role], current.record, folder)
+        prefix = f"{role}/{HUGGING_FACE}/"
+        if changed := compare_files(manifest, prefix, current.model_files):
+            logger.warning("the %s's %s differ from those that %s was trained with", role, ", ".join(changed), folder)
     if changed := compare_packages(manifest):
         logger.warning("the checkpoint was written with other versions: %s", ", ".join(changed))
-    return ResumePoint(folder=folder, manifest=manifest)
 
 
 def set_aside_history(run_dir: Path, resume: ResumePoint | None) -> None:
@@ -84,7 +122,7 @@ def set_aside_history(run_dir: Path, resume: ResumePoint | None) -> None:
 
     Nothing is deleted. Called once per job, before any rank writes.
     """
-    stamp = time.strftime("until-%Y%m%d-%H%M%S")
+    stamp = _unused_stamp(run_dir)
     root = checkpoint_root(run_dir)
     within = resume is not None and resume.folder.parent == root
     step = resume.manifest.step if resume is not None and within else -1
@@ -96,6 +134,16 @@ def set_aside_history(run_dir: Path, resume: ResumePoint | None) -> None:
         for folder in later:
             folder.rename(aside / folder.name)
         logger.info("%d checkpoints that this run does not continue are kept in %s", len(later), aside)
+
+
+def _unused_stamp(run_dir: Path) -> str:
+    """The time, with a number behind it where two runs begin in the same second."""
+    stamp = now = time.strftime("until-%Y%m%d-%H%M%S")
+    number = 1
+    while any(run_dir.glob(f"*.{stamp}*")):
+        number += 1
+        stamp = f"{now}-{number}"
+    return stamp
 
 
 def _set_aside_metrics(run_dir: Path, step: int, stamp: str) -> None:
@@ -120,7 +168,3 @@ def _step_of(line: str) -> float:
     except ValueError:
         # The last line of a run that was killed while it wrote.
         return float("inf")
-
-
-def _missing_roles(folder: Path) -> list[str]:
-    return [role for role in ROLES if not (folder / role).is_dir()]

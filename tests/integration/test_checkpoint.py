@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ranks import run_on_ranks
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.optimizer import DataParallelSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
-from mrl.interfaces import CheckpointError
+from mrl.interfaces import CheckpointError, CheckpointWrite
+from mrl.parallel.agreement import gather_results
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.hf_export import copy_model_files
 from mrl.reshard.spec import load_spec
@@ -85,14 +87,29 @@ def new_folder(folder: Path) -> Path:
     return folder
 
 
+def write_out(write: CheckpointWrite) -> None:
+    gather_results(write.write)
+    write.finish()
+
+
+def save(engine: MegatronEngine, folder: Path) -> None:
+    write_out(engine.stage_checkpoint(folder, in_background=False))
+
+
+def export_model(engine: MegatronEngine, folder: Path) -> None:
+    write_out(engine.stage_hugging_face(folder, in_background=False))
+
+
 def run_case(path: str, kind: str, distributed: bool, saved: dict[str, Any], others: list[Any], folder: Path) -> Any:
     """What further steps return: unbroken, and after loading in each of the other layouts."""
     engine = engine_of(path, kind, saved, distributed=distributed)
     # Before its first step a role has no moments yet, as an actor that waits for its critic.
-    engine.save_checkpoint(new_folder(folder / "fresh"))
+    save(engine, new_folder(folder / "fresh"))
     first = update(engine, kind, 0)
-    engine.save_checkpoint(new_folder(folder / "trained"))
+    # What is written later is the state of now.
+    staged = engine.stage_checkpoint(new_folder(folder / "trained"), in_background=True)
     second = update(engine, kind, 1)
+    write_out(staged)
     engine.close()
     resumed = []
     for axes in others:
@@ -132,8 +149,10 @@ def test_an_export_is_the_model_that_the_trainer_has(models, tmp_path) -> None:
         for family, axes in layouts.items():
             engine = engine_of(models[family], "actor", axes, distributed=True)
             update(engine, "actor", 0)
-            engine.export_hugging_face(new_folder(tmp_path / family))
+            staged = engine.stage_hugging_face(new_folder(tmp_path / family), in_background=True)
             log_probs.append(engine.compute_log_probs(batch, micro_batch_size=2))
+            update(engine, "actor", 1)
+            write_out(staged)
             engine.close()
         return log_probs
 
@@ -164,15 +183,15 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_harms_nothing(models, tm
     def run() -> Any:
         engine = engine_of(models["qwen2"], "actor", {"tp": 2}, distributed=True)
         messages = [
-            failure(engine.save_checkpoint, new_folder(tmp_path / "full"), on_rank=1),
-            failure(engine.export_hugging_face, new_folder(tmp_path / "export"), on_rank=0),
+            failure(partial(save, engine), new_folder(tmp_path / "full"), on_rank=1),
+            failure(partial(export_model, engine), new_folder(tmp_path / "export"), on_rank=0),
         ]
-        engine.save_checkpoint(new_folder(tmp_path / "enough"))
+        save(engine, new_folder(tmp_path / "enough"))
         unbroken = update(engine, "actor", 0)
         engine.load_checkpoint(tmp_path / "enough")
         return messages, unbroken == update(engine, "actor", 0)
 
     for (checkpoint, export), equal in run_on_ranks(run, 2):
-        assert re.search(r"cannot write the checkpoint \S+/full: rank 1: .*File too large", checkpoint), checkpoint
-        assert re.search(r"cannot write the model \S+/export: .*File too large", export), export
+        assert re.search(r"cannot write the checkpoint \S+/full/\S+: rank 1: .*File too large", checkpoint), checkpoint
+        assert re.search(r"cannot write the model \S+/export: rank 0: .*File too large", export), export
         assert equal

@@ -13,7 +13,6 @@ import functools
 import importlib
 import logging
 import os
-import queue
 import sys
 import types
 import warnings
@@ -72,7 +71,7 @@ def prepare_megatron() -> None:
         _import_modules()
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # A synchronous save passes through the asynchronous one, which says on every rank that it is deprecated.
+    # Saves are planned with the asynchronous writer, which says on every rank that it is deprecated.
     saving = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
     saving.addFilter(lambda record: "async save is deprecated" not in record.getMessage())
     # Only importable once megatron is ready.
@@ -186,7 +185,7 @@ def _cuda_type_name(original: Callable[..., Any], tensor: torch.Tensor, *args: A
 
 
 def _replace_cuda_functions() -> None:
-    """Replace the four functions that a namespace cannot reach."""
+    """Replace the three functions that a namespace cannot reach."""
     random = sys.modules["megatron.core.tensor_parallel.random"]
     setattr(random, "_get_cuda_rng_state", lambda device=None, clone=False, graph_safe=False: torch.get_rng_state())  # noqa: B010
     setattr(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))  # noqa: B010
@@ -195,12 +194,6 @@ def _replace_cuda_functions() -> None:
 
     dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
     setattr(dispatcher, "maybe_move_tensor_to_cpu", _split_sizes)  # noqa: B010
-
-    # dist_checkpointing.save(), the synchronous one too, would spawn a multiprocessing.Manager in every rank, which
-    # imports __main__ again. Its synchronous writer runs in this process, so a plain queue does.
-    writer = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
-    results: queue.Queue[Any] = queue.Queue()
-    setattr(writer, "get_write_results_queue", lambda mp_mode="spawn": results)  # noqa: B010
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

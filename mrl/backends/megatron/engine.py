@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
@@ -18,9 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mrl.backends.megatron.buffers import ExportedWeights
-from mrl.backends.megatron.checkpoint import load_role, save_role
+from mrl.backends.megatron.checkpoint import load_role, stage_role
+from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.groups import destroy_groups
-from mrl.backends.megatron.hf_export import export_hf_weights
+from mrl.backends.megatron.hf_export import StagedExport, stage_hf_weights
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import ModelChunk
@@ -74,6 +75,7 @@ class MegatronEngine:
         self._parts = parts
         tp_group = parts.groups.tp
         self._offload = _role_offload(parts) if parts.device.type == "cuda" else None
+        self._host_buffer = HostBuffer()
         self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
 
     @property
@@ -125,31 +127,29 @@ class MegatronEngine:
             self._gather_parameters()
         return self._export.source()
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write parameters, optimizer, schedule and random states to `folder`, which exists and is empty.
+    def stage_checkpoint(self, folder: Path, *, in_background: bool) -> StagedCheckpoint:
+        """Parameters, optimizer, schedule and random states of now, to be written to `folder`.
 
-        Raises:
-            CheckpointError: a file could not be written. Raised on all ranks; training can go on.
+        Where it is written in the background, they are copied to host memory that the next call uses again.
         """
         with self._parts.state:
             self._gather_parameters()
-            save_role(self._parts, folder)
+            return stage_role(self._parts, folder, self._host_buffer if in_background else None)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Continue from what `save_checkpoint` wrote, in whatever layout that was; parameters keep their addresses."""
+    def load_checkpoint(self, folder: Path, contents: Collection[str] = ("model", "optimizer", "extra")) -> None:
+        """Continue from what was staged and written, in whatever layout that was; parameters keep their addresses."""
         with self._parts.state:
-            load_role(self._parts, folder)
+            load_role(self._parts, folder, contents)
 
-    def export_hugging_face(self, folder: Path) -> None:
-        """Write the parameters to `folder`, which exists, as safetensors files (and their index) of Hugging Face names.
+    def stage_hugging_face(self, folder: Path, *, in_background: bool) -> StagedExport:
+        """The parameters under their Hugging Face names, to be written to `folder` as safetensors files.
 
-        Raises:
-            CheckpointError: a file could not be written. Raised on all ranks; training can go on.
+        Those that are not written in the background are in their files already.
         """
         assert not self._parts.is_critic, "a value head has no place in a Hugging Face causal model"
         with self._parts.state:
             self._gather_parameters()
-            export_hf_weights(self._parts, folder)
+            return stage_hf_weights(self._parts, folder, in_background=in_background)
 
     def offload(self) -> None:
         """Give back device memory as the role's settings say, after all its work there is done."""

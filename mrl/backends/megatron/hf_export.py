@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrl.interfaces import CheckpointError
-from mrl.parallel.agreement import gather_results
+from mrl.parallel.agreement import broadcast_result
 from mrl.reshard.families import megatron_pieces, tensor_shapes
 from mrl.reshard.hf_export import ExportFile, plan_files, stage_of_unit, unit_of, write_index
 from mrl.reshard.layout import Piece
@@ -24,51 +24,91 @@ _MAX_FILE_BYTES = 2**30
 """What a writer holds in host memory at a time, unless one layer or the vocabulary is larger."""
 
 
+class StagedExport:
+    """One rank's files of an export; see `mrl.interfaces.CheckpointWrite`."""
+
+    def __init__(self, folder: Path, files: list[ExportFile]) -> None:
+        self._folder = folder
+        self._files = files
+        self._waiting: list[tuple[Path, dict[str, Tensor]]] = []
+        self._written: list[Path] = []
+        self._failure: Exception | None = None
+
+    def add(self, name: str, tensors: dict[str, Tensor], *, in_background: bool) -> None:
+        """Take one file's tensors and write them now or in `write`; an error is kept for the latter."""
+        if self._failure is not None:
+            return
+        self._waiting.append((self._folder / name, tensors))
+        if in_background:
+            return
+        try:
+            self._write_waiting()
+        except (OSError, SafetensorError) as error:
+            self._failure = error
+
+    def write(self) -> list[Path]:
+        """Write what waits; returns this rank's files. In any thread, no collective.
+
+        Raises:
+            CheckpointError: the system refused, now or while the export was gathered.
+        """
+        try:
+            if self._failure is not None:
+                raise self._failure
+            self._write_waiting()
+        except (OSError, SafetensorError) as error:
+            raise _failed(self._folder, error) from error
+        return self._written
+
+    def finish(self) -> None:
+        """Write the index of all ranks' files. Called by all ranks, when `write` is done on all of them.
+
+        Raises:
+            CheckpointError: the system refused; on all ranks.
+        """
+        broadcast_result(self._write_index)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            path, tensors = self._waiting.pop(0)
+            save_file(tensors, path, metadata={"format": "pt"})
+            self._written.append(path)
+
+    def _write_index(self) -> None:
+        try:
+            write_index(self._folder, self._files)
+        except OSError as error:
+            raise _failed(self._folder, error) from error
+
+
+def _failed(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write the model {folder}: rank {dist.get_rank()}: {error}")
+
+
 @torch.no_grad()
-def export_hf_weights(parts: EngineParts, folder: Path, *, max_file_bytes: int = _MAX_FILE_BYTES) -> None:
-    """Write the safetensors files and their index to `folder`, which exists.
+def stage_hf_weights(
+    parts: EngineParts, folder: Path, *, in_background: bool, max_file_bytes: int = _MAX_FILE_BYTES
+) -> StagedExport:
+    """The role's weights as safetensors files of `folder`, which exists.
 
     Padded vocabulary rows are left out; a tied head is stored once, as the embedding. Called by all ranks, inside the
     role's state.
 
-    Raises:
-        CheckpointError: a file could not be written; on all ranks.
+    Args:
+        in_background: gather everything now, for `write` to write it; otherwise a file is written before the next one
+            is gathered, so that a writer holds no more than `max_file_bytes`.
     """
     parameters = dict(item for chunk in parts.chunks for item in chunk.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     files = plan_files(parts.spec, parts.layout, bytes_per_element=dtype.itemsize, max_file_bytes=max_file_bytes)
-    gather_results(lambda: _write_share(parts, parameters, files, folder, dtype))
-
-
-def _write_share(
-    parts: EngineParts,
-    parameters: dict[str, torch.nn.Parameter],
-    files: list[ExportFile],
-    folder: Path,
-    dtype: torch.dtype,
-) -> None:
-    groups = parts.groups
-    writes = groups.tp.rank() == 0
-    failure: Exception | None = None
-    place = groups.pp.rank(), groups.dp.rank()
+    groups, staged = parts.groups, StagedExport(folder, files)
     for file in files:
-        if (file.pp_rank, file.dp_rank) != place:
+        if (file.pp_rank, file.dp_rank) != (groups.pp.rank(), groups.dp.rank()):
             continue
         tensors = _gather(parts, parameters, file, dtype)
-        if not writes or failure is not None:
-            continue
-        try:
-            save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            # The other ranks of tp_group still wait for this one to take part in the rest.
-            failure = error
-    if dist.get_rank() == 0 and failure is None:
-        try:
-            write_index(folder, files)
-        except OSError as error:
-            failure = error
-    if failure is not None:
-        raise CheckpointError(f"cannot write the model {folder}: {failure}") from failure
+        if groups.tp.rank() == 0:
+            staged.add(file.name, tensors, in_background=in_background)
+    return staged
 
 
 def _gather(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
+import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -14,26 +18,43 @@ from test_manifest import record
 from mrl.interfaces import CheckpointError
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer, LoopState
 from mrl.trainer.manifest import verify_files
-from mrl.trainer.resume import checkpoint_root, find_resume_point
+from mrl.trainer.resume import CurrentRole, checkpoint_root, find_resume_point, list_checkpoints
 
 _FILE_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
 
 
 @dataclass
 class Number:
-    """A role whose whole state is one number, in one file."""
+    """A role whose whole state is one number, in one file, beside one that the ranks write together."""
 
     value: int = 0
+    gate: threading.Event | None = None
+    """Writing waits for it."""
 
-    def save_checkpoint(self, folder):
-        try:
-            (folder / "value").write_text(str(self.value) * 1000)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
+    def stage_checkpoint(self, folder, *, in_background):
+        return NumberWrite(folder, self.value if in_background else self, self.gate)
 
-    def load_checkpoint(self, folder):
+    def load_checkpoint(self, folder, contents):
         digits = (folder / "value").read_text()
+        assert (folder / "index").read_text() == "value"
         self.value = int(digits[: len(digits) // 1000])
+
+
+@dataclass
+class NumberWrite:
+    folder: Path
+    source: int | Number
+    gate: threading.Event | None
+
+    def write(self):
+        if self.gate is not None:
+            assert self.gate.wait(60)
+        value = self.source.value if isinstance(self.source, Number) else self.source
+        (self.folder / "value").write_text(str(value) * 1000)
+        return [self.folder / "value"]
+
+    def finish(self):
+        (self.folder / "index").write_text("value")
 
 
 @pytest.fixture
@@ -43,25 +64,42 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def build(run_dir, *, keep_actor=None, keep_critic=None, save_freq=1, total_steps=9):
+def copy_model_files(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def build(run_dir, *, keep_actor=None, keep_critic=None, save_freq=1, total_steps=9, async_save=(), gate=None):
     roles = {
-        name: CheckpointedRole(engine=Number(), record=record(is_critic=name == "critic"), max_to_keep=keep)
+        name: CheckpointedRole(
+            engine=Number(gate=gate if name in async_save else None),
+            record=record(is_critic=name == "critic"),
+            max_to_keep=keep,
+            copy_model_files=copy_model_files,
+            async_save=name in async_save,
+        )
         for name, keep in (("actor", keep_actor), ("critic", keep_critic))
     }
     return Checkpointer(root=checkpoint_root(run_dir), roles=roles, save_freq=save_freq, total_steps=total_steps)
 
 
-def save(checkpointer, step):
+def begin_save(checkpointer, step):
     for role in checkpointer.roles.values():
         role.engine.value = step
     checkpointer.save(LoopState(step=step, weight_version=step, prompts={"batch": step}, kl_controller={}))
+    for role in checkpointer.roles.values():
+        role.engine.value = -1
+
+
+def save(checkpointer, step):
+    begin_save(checkpointer, step)
+    checkpointer.finish()
 
 
 def newest(run_dir):
     """Step of the checkpoint that the next run would continue, after loading all of it."""
     checkpointer = build(run_dir)
-    records = {name: role.record for name, role in checkpointer.roles.items()}
-    point = find_resume_point("auto", run_dir, None, records)
+    roles = {name: CurrentRole(record=role.record, model_files={}) for name, role in checkpointer.roles.items()}
+    point = find_resume_point("auto", run_dir, None, roles)
     state = checkpointer.load(point)
     assert [role.engine.value for role in checkpointer.roles.values()] == [state.step] * 2
     assert state.prompts == {"batch": state.step}
@@ -91,15 +129,76 @@ def test_only_the_newest_of_each_role_are_kept(tmp_path, one_rank):
     assert newest(tmp_path) == 3
 
 
+def test_an_asynchronous_save_is_of_its_step_and_appears_once_it_is_written(tmp_path, one_rank):
+    gate = threading.Event()
+    checkpointer = build(tmp_path, async_save=("actor",), gate=gate)
+    begin_save(checkpointer, 1)
+    checkpointer.publish_if_written()
+    assert list_checkpoints(checkpointer.root) == []
+    gate.set()
+    checkpointer.finish()
+    assert newest(tmp_path) == 1
+    checkpointer.publish_if_written()
+
+
+def test_a_written_checkpoint_is_published_at_a_later_step(tmp_path, one_rank):
+    checkpointer = build(tmp_path, async_save=("actor", "critic"))
+    begin_save(checkpointer, 1)
+    for _ in range(1000):
+        checkpointer.publish_if_written()
+        if list_checkpoints(checkpointer.root):
+            break
+        time.sleep(0.01)
+    assert newest(tmp_path) == 1
+
+
+def test_a_second_save_waits_for_the_first_and_says_so(tmp_path, one_rank, caplog):
+    gate = threading.Event()
+    checkpointer = build(tmp_path, async_save=("actor", "critic"), gate=gate)
+    begin_save(checkpointer, 1)
+    threading.Timer(0.05, gate.set).start()
+    begin_save(checkpointer, 2)
+    assert "checkpoint of step 2 waits for that of step 1" in caplog.text
+    assert newest(tmp_path) == 1
+    checkpointer.finish()
+    assert newest(tmp_path) == 2
+
+
+def test_a_failure_in_the_background_is_raised_at_the_next_save_and_leaves_nothing(tmp_path, one_rank):
+    gate = threading.Event()
+    checkpointer = build(tmp_path, async_save=("critic",), gate=gate)
+    begin_save(checkpointer, 3)
+    shutil.rmtree(checkpointer.root / "global_step_3.saving/critic")
+    gate.set()
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint \S+/global_step_3: .*critic.*Free space"):
+        begin_save(checkpointer, 4)
+    assert not list(checkpointer.root.glob("*.saving"))
+    save(checkpointer, 5)
+    assert newest(tmp_path) == 5
+
+
+def test_a_run_that_ends_early_gives_up_what_is_not_complete(tmp_path, one_rank, caplog):
+    gate = threading.Event()
+    checkpointer = build(tmp_path, async_save=("actor",), gate=gate)
+    begin_save(checkpointer, 1)
+    checkpointer.close()
+    gate.set()
+    assert "global_step_1 was not complete" in caplog.text
+    assert list_checkpoints(checkpointer.root) == []
+
+
 def test_a_new_run_has_nothing_to_load(tmp_path, one_rank):
     assert build(tmp_path).load(None) is None
 
 
-def save_and_die(run_dir, step, deadly_event):
-    """Save in a child that dies at its n-th system call on files; whether it died."""
+def find_save_and_die(run_dir, step, deadly_event, async_save):
+    """In a child: the newest checkpoint's step, then a save that dies at its n-th system call on files; did it die?"""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        checkpointer, count = build(run_dir, keep_actor=1, keep_critic=1), 0
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        os.write(writer, str(newest(run_dir)).encode())
+        checkpointer, count = build(run_dir, keep_actor=1, keep_critic=1, async_save=async_save), 0
 
         def die(event, arguments):
             nonlocal count
@@ -108,44 +207,48 @@ def save_and_die(run_dir, step, deadly_event):
                 if count == deadly_event:
                     os._exit(7)
 
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         sys.addaudithook(die)
         save(checkpointer, step)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    os.close(writer)
+    died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    with os.fdopen(reader) as pipe:
+        return int(pipe.read()), died
 
 
-def test_killed_at_any_moment_the_last_complete_checkpoint_is_found(tmp_path):
-    steps, deadly_event, died = iter(range(2, 1000)), 0, True
-    assert not save_and_die(tmp_path, 1, 10**9)
-    found = []
+@pytest.mark.parametrize("async_save", [(), ("actor", "critic")], ids=len)
+def test_killed_at_any_moment_the_last_complete_checkpoint_is_found(tmp_path, async_save):
+    make_first(tmp_path)
+    found, died, deadly_event = [], True, 0
     while died:
         deadly_event += 1
-        step, last = next(steps), found[-1] if found else 1
-        died = save_and_die(tmp_path, step, deadly_event)
-        found.append(newest_in_child(tmp_path))
-        assert found[-1] in ((last, step) if died else (step,)), deadly_event
+        step = deadly_event + 1
+        newest_step, died = find_save_and_die(tmp_path, step, deadly_event, async_save)
+        found.append(newest_step)
+        # What was being saved when the last child died, or what that one found.
+        assert deadly_event == 1 or found[-1] in (found[-2], deadly_event), deadly_event
     # Some deaths came before the checkpoint was published and some, while older ones were removed, after it.
     assert deadly_event > 20
     assert len(set(found)) > 2
+    last, _ = find_save_and_die(tmp_path, 1000, 1, async_save)
+    assert last == step
 
 
-def newest_in_child(run_dir):
-    reader, writer = os.pipe()
+def make_first(run_dir):
     child = os.fork()
     if child == 0:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        os.write(writer, str(newest(run_dir)).encode())
+        save(build(run_dir), 1)
         os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as pipe:
-        return int(pipe.read())
+    assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("async_save", [(), ("actor", "critic")], ids=len)
 @pytest.mark.parametrize("limit", [10, 500, 1500])
-def test_a_file_that_cannot_be_written_leaves_older_checkpoints_and_the_run_alone(tmp_path, one_rank, limit):
-    checkpointer = build(tmp_path)
+def test_a_file_that_cannot_be_written_leaves_older_checkpoints_and_the_run_alone(
+    tmp_path, one_rank, limit, async_save
+):
+    checkpointer = build(tmp_path, async_save=async_save)
     save(checkpointer, 1)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     # The system refuses longer files, as it refuses any on a full disk: trainer.json, a role's, or the manifest.
