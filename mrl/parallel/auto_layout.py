@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.families import count_params
+from mrl.reshard.families import count_params, expert_params
 from mrl.reshard.spec import ModelSpec
 
 _GIB = 2**30
@@ -47,8 +47,8 @@ class BytesPerParameter:
 
 
 def check_layout(layout: ParallelLayout, spec: ModelSpec) -> None:
-    """Raise ValueError, with the numbers and what to change, unless `layout` divides the model's heads and layers."""
-    problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec)
+    """Raise ValueError, with the numbers and what to change, unless `layout` divides heads, layers and experts."""
+    problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec) or _ep_problem(layout, spec)
     if problem:
         raise ValueError(problem)
 
@@ -61,6 +61,7 @@ def choose_layout(
     memory_bytes_per_rank: int,
     bytes_per_parameter: BytesPerParameter,
     sequence_parallel: bool = True,
+    ep: int = 1,
 ) -> ParallelLayout:
     """The layout with the fewest ranks per model replica whose fullest rank fits the memory.
 
@@ -74,13 +75,19 @@ def choose_layout(
             activations, other roles and the rollout engine have had their share.
         bytes_per_parameter: of this role's dtype and optimizer.
         sequence_parallel: set on the result where tp > 1.
+        ep: expert-parallel size; it is not chosen.
 
     Raises:
         ValueError: no layout fits; tells how much the best one would need.
     """
     if world_size < 1 or gpus_per_node < 1:
         raise ValueError(f"world_size = {world_size} and gpus_per_node = {gpus_per_node} must be at least 1")
-    candidates = _candidates(spec, world_size, gpus_per_node, sequence_parallel)
+    candidates = _candidates(spec, world_size, gpus_per_node, sequence_parallel, ep)
+    if not candidates:
+        raise ValueError(
+            f"no layout of {world_size} ranks has expert_model_parallel_size = {ep}; choose a divisor of both the "
+            "ranks and the experts"
+        )
     needs = [(rank_bytes(layout, spec, bytes_per_parameter), layout) for layout in candidates]
     for need, layout in needs:
         if need <= memory_bytes_per_rank:
@@ -97,19 +104,26 @@ def rank_bytes(layout: ParallelLayout, spec: ModelSpec, bytes_per_parameter: Byt
     """Bytes of weights, gradients and optimizer state on the fullest rank, a stage with a vocabulary matrix."""
     matrices = 1 if spec.tie_word_embeddings else 2
     embedding = spec.vocab_size * spec.hidden_size
-    in_layers = (count_params(spec) - matrices * embedding) / layout.pp
+    experts = spec.num_hidden_layers * expert_params(spec) / layout.pp
+    in_layers = (count_params(spec) - matrices * embedding) / layout.pp - experts
     # With pp > 1 the first and last stage hold one matrix each, tied or not.
     on_stage = in_layers + embedding * (matrices if layout.pp == 1 else 1)
-    return round(on_stage / layout.tp * bytes_per_parameter.total(layout.dp * layout.cp))
+    expert_replicas = layout.world_size // layout.pp // layout.ep
+    return round(
+        on_stage / layout.tp * bytes_per_parameter.total(layout.dp * layout.cp)
+        + experts / layout.ep * bytes_per_parameter.total(expert_replicas)
+    )
 
 
-def _candidates(spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_parallel: bool) -> list[ParallelLayout]:
+def _candidates(
+    spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_parallel: bool, ep: int
+) -> list[ParallelLayout]:
     """Layouts that divide model, node and world, smallest replica first, then most tensor parallelism first."""
     layouts = [
-        ParallelLayout(world_size=world_size, tp=tp, pp=pp, sequence_parallel=sequence_parallel and tp > 1)
+        ParallelLayout(world_size=world_size, tp=tp, pp=pp, ep=ep, sequence_parallel=sequence_parallel and tp > 1)
         for tp in _divisors(gpus_per_node)
         for pp in _divisors(spec.num_hidden_layers)
-        if world_size % (tp * pp) == 0 and not _tp_problem(tp, spec)
+        if world_size % (tp * pp) == 0 and world_size // pp % ep == 0 and not _tp_problem(tp, spec)
     ]
     return sorted(layouts, key=lambda layout: (layout.tp * layout.pp, layout.pp))
 
@@ -117,10 +131,11 @@ def _candidates(spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_p
 def _tp_problem(tp: int, spec: ModelSpec) -> str | None:
     if not _tp_divides(tp, spec):
         allowed = [size for size in _divisors(spec.num_attention_heads) if _tp_divides(size, spec)]
+        ffn = "" if spec.moe else f", intermediate_size = {spec.intermediate_size}"
         return (
             f"tensor_model_parallel_size = {tp} does not fit num_attention_heads = {spec.num_attention_heads}, "
-            f"num_key_value_heads = {spec.num_key_value_heads} (either must divide the other), intermediate_size = "
-            f"{spec.intermediate_size}; choose one of {', '.join(map(str, allowed))}"
+            f"num_key_value_heads = {spec.num_key_value_heads} (either must divide the other){ffn}; choose one of "
+            f"{', '.join(map(str, allowed))}"
         )
     return None
 
@@ -130,7 +145,7 @@ def _tp_divides(tp: int, spec: ModelSpec) -> bool:
     return (
         spec.num_attention_heads % tp == 0
         and (kv_heads % tp == 0 or tp % kv_heads == 0)
-        and spec.intermediate_size % tp == 0
+        and (spec.moe is not None or spec.intermediate_size % tp == 0)
     )
 
 
@@ -141,6 +156,24 @@ def _pp_problem(pp: int, vpp: int | None, spec: ModelSpec) -> str | None:
     name = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if vpp else "")
     allowed = ", ".join(map(str, _divisors(spec.num_hidden_layers)))
     return f"{name} = {chunks} does not divide num_hidden_layers = {spec.num_hidden_layers}; make it one of {allowed}"
+
+
+def _ep_problem(layout: ParallelLayout, spec: ModelSpec) -> str | None:
+    if spec.moe is None:
+        dense = f"expert_model_parallel_size = {layout.ep}, but {spec.family} models have no experts; set it to 1"
+        return dense if layout.ep > 1 else None
+    if spec.moe.num_experts % layout.ep:
+        allowed = ", ".join(map(str, _divisors(spec.moe.num_experts)))
+        return (
+            f"expert_model_parallel_size = {layout.ep} does not divide num_experts = {spec.moe.num_experts}; make it "
+            f"one of {allowed}"
+        )
+    if layout.tp > 1 and not layout.sequence_parallel:
+        return (
+            f"tensor_model_parallel_size = {layout.tp} of a model with experts needs sequence_parallel = true: without "
+            "it every rank would send every token to the experts"
+        )
+    return None
 
 
 def _divisors(number: int) -> list[int]:

@@ -15,10 +15,12 @@ class ParallelLayout:
     vpp: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); None is off."""
     cp: int = 1
+    ep: int = 1
+    """Consecutive ranks of a stage among which the experts are dealt out, each whole; 1 for dense models."""
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for axis in ("world_size", "tp", "pp", "cp"):
+        for axis in ("world_size", "tp", "pp", "cp", "ep"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} = {getattr(self, axis)} must be at least 1")
         product = self.tp * self.pp * self.cp
@@ -26,6 +28,12 @@ class ParallelLayout:
             raise ValueError(
                 f"tensor ({self.tp}) x pipeline ({self.pp}) x context ({self.cp}) parallel size = {product} does not "
                 f"divide world size {self.world_size}; lower one or start more processes"
+            )
+        per_stage = self.world_size // self.pp
+        if per_stage % self.ep:
+            raise ValueError(
+                f"expert_model_parallel_size = {self.ep} does not divide the {per_stage} ranks of a pipeline stage; "
+                "choose a divisor"
             )
         if self.vpp is not None and (self.vpp < 2 or self.pp < 2):
             raise ValueError(
@@ -43,6 +51,19 @@ class ParallelLayout:
         cp_rank, rest = rest % self.cp, rest // self.cp
         return tp_rank, cp_rank, rest % self.dp, rest // self.dp
 
+    def ep_rank(self, rank: int) -> int:
+        """Place of a global rank among those that share out the experts."""
+        return rank % (self.world_size // self.pp) % self.ep
+
+    def experts_of(self, num_experts: int, ep_rank: int) -> range:
+        """Global numbers of the experts on an expert-parallel rank; ValueError if they cannot be shared out evenly."""
+        if num_experts % self.ep:
+            raise ValueError(
+                f"expert_model_parallel_size = {self.ep} does not divide num_experts = {num_experts}; choose a divisor"
+            )
+        share = num_experts // self.ep
+        return range(share * ep_rank, share * (ep_rank + 1))
+
     def layers_of(self, num_layers: int, pp_rank: int, vp_stage: int | None = None) -> range:
         """Global indices of the layers on a pipeline stage (and virtual stage), evenly split."""
         chunks = self.vpp or 1
@@ -59,4 +80,5 @@ class ParallelLayout:
         parts = [f"TP{self.tp}", f"PP{self.pp}"]
         parts += [f"VPP{self.vpp}"] if self.vpp else []
         parts += [f"CP{self.cp}"] if self.cp > 1 else []
+        parts += [f"EP{self.ep}"] if self.ep > 1 else []
         return " x ".join([*parts, f"DP{self.dp}"]) + (" + SP" if self.sequence_parallel and self.tp > 1 else "")

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute import Puller, open_sources
-from mrl.reshard.families import expected_megatron_shape, expected_sglang_shape, spec_from_config, tensor_shapes
+from mrl.reshard.families import (
+    expected_megatron_shape,
+    expected_sglang_shape,
+    layer_params,
+    spec_from_config,
+    tensor_shapes,
+)
 from mrl.reshard.layout import targets_of
 from mrl.reshard.plan import Plan, build_plan
 from mrl.reshard.spec import ModelSpec
@@ -53,6 +59,7 @@ class CheckReport:
     spec: ModelSpec
     layout: ParallelLayout
     rollout_tp: int
+    rollout_ep: int
     dtype: str
     padded_vocab_size: int
     """Vocabulary rows on the trainer's side, over all tensor parallel ranks."""
@@ -68,6 +75,7 @@ def run_check(
     layout: ParallelLayout,
     *,
     rollout_tp: int,
+    rollout_ep: int = 1,
     dtype: str = "bfloat16",
     vocab_multiple: int = 128,
 ) -> CheckReport:
@@ -75,6 +83,7 @@ def run_check(
 
     Args:
         config: parsed config.json.
+        rollout_ep: into how many groups the engine's ranks share out the experts.
         vocab_multiple: Megatron's make_vocab_size_divisible_by; times the tensor parallel size.
 
     Raises:
@@ -82,7 +91,7 @@ def run_check(
         ReshardError: the checksum of a pull differs.
     """
     spec = spec_from_config(config)
-    _check_layouts(spec, layout, rollout_tp)
+    _check_layouts(spec, layout, rollout_tp, rollout_ep)
     _check_memory(spec, layout, rollout_tp, _DTYPES[dtype].itemsize)
     state = distinct_state(spec, _DTYPES[dtype])
     multiple = vocab_multiple * layout.tp
@@ -91,10 +100,16 @@ def run_check(
         spec, state, layout, padded_vocab_size=padded_vocab_size, host=socket.gethostname(), first_device=-1
     )
     report = CheckReport(
-        spec=spec, layout=layout, rollout_tp=rollout_tp, dtype=dtype, padded_vocab_size=padded_vocab_size
+        spec=spec,
+        layout=layout,
+        rollout_tp=rollout_tp,
+        rollout_ep=rollout_ep,
+        dtype=dtype,
+        padded_vocab_size=padded_vocab_size,
     )
     for tp_rank in range(rollout_tp):
-        report.ranks.append(_check_rank(config, spec, state, trainer, tp_rank=tp_rank, tp_size=rollout_tp))
+        place = {"tp_rank": tp_rank, "tp_size": rollout_tp, "ep_size": rollout_ep}
+        report.ranks.append(_check_rank(config, spec, state, trainer, **place))
     return report
 
 
@@ -106,6 +121,7 @@ def _check_rank(
     *,
     tp_rank: int,
     tp_size: int,
+    ep_size: int,
 ) -> RankCheck:
     # Imported here: the reshard package runs without SGLang, and importing it takes many seconds.
     with warnings.catch_warnings():
@@ -113,7 +129,7 @@ def _check_rank(
         from mrl.backends.sglang.reference_loader import build_engine_model, load_reference
 
     dtype = next(iter(state.values())).dtype
-    model = build_engine_model(config, tp_rank=tp_rank, tp_size=tp_size, dtype=dtype)
+    model = build_engine_model(config, tp_rank=tp_rank, tp_size=tp_size, ep_size=ep_size, dtype=dtype)
     params = dict(model.named_parameters())
     start = time.perf_counter()
     plan = build_plan(
@@ -122,13 +138,14 @@ def _check_rank(
         targets_of(params.items()),
         tp_rank=tp_rank,
         tp_size=tp_size,
+        ep_size=ep_size,
         host=socket.gethostname(),
         device=-1,
     )
     plan_s = time.perf_counter() - start
     result = Puller(plan, open_sources(plan, trainer.sources), params).pull()
-    expected = build_engine_model(config, tp_rank=tp_rank, tp_size=tp_size, dtype=dtype)
-    load_reference(expected, state, tp_rank=tp_rank, tp_size=tp_size)
+    expected = build_engine_model(config, tp_rank=tp_rank, tp_size=tp_size, ep_size=ep_size, dtype=dtype)
+    load_reference(expected, state, tp_rank=tp_rank, tp_size=tp_size, ep_size=ep_size)
     return RankCheck(
         plan=plan,
         params=len(params),
@@ -148,13 +165,17 @@ def differing_parameters(model: nn.Module, expected: nn.Module) -> tuple[str, ..
     )
 
 
-def _check_layouts(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int) -> None:
+def _check_layouts(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int, rollout_ep: int) -> None:
     """ValueError with the sizes if a layout does not divide the model, before SGLang is imported."""
     layout.layers_of(spec.num_hidden_layers, 0)
-    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"):
-        expected_megatron_shape(spec, f"decoder.layers.0.{name}.weight", tp_size=layout.tp)
-    for name in ("embed_tokens", "layers.0.self_attn.qkv_proj", "layers.0.mlp.gate_up_proj"):
-        expected_sglang_shape(spec, f"model.{name}.weight", tp_size=rollout_tp)
+    if spec.moe:
+        layout.experts_of(spec.moe.num_experts, 0)
+    prefix = "decoder.layers.0."
+    for name in layer_params(spec, "megatron"):
+        expected_megatron_shape(spec, prefix + name, tp_size=layout.tp)
+    expected_sglang_shape(spec, "model.embed_tokens.weight", tp_size=rollout_tp)
+    for name in layer_params(spec, "sglang"):
+        expected_sglang_shape(spec, "model.layers.0." + name, tp_size=rollout_tp, ep_size=rollout_ep)
 
 
 def _check_memory(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int, itemsize: int) -> None:
@@ -183,16 +204,17 @@ def parse_axes(text: str, allowed: Sequence[str]) -> dict[str, int]:
 
 
 def training_layout(text: str) -> ParallelLayout:
-    """The layout of "tp=2,pp=2,vpp=2,cp=1,dp=1"; absent axes are 1, and vpp=1 is off."""
-    axes = parse_axes(text, ("tp", "pp", "vpp", "cp", "dp"))
-    tp, pp, cp, vpp = (axes.get(axis, 1) for axis in ("tp", "pp", "cp", "vpp"))
+    """The layout of "tp=2,pp=2,vpp=2,cp=1,dp=1,ep=1"; absent axes are 1, and vpp=1 is off."""
+    axes = parse_axes(text, ("tp", "pp", "vpp", "cp", "dp", "ep"))
+    tp, pp, cp, vpp, ep = (axes.get(axis, 1) for axis in ("tp", "pp", "cp", "vpp", "ep"))
     world_size = tp * pp * cp * axes.get("dp", 1)
-    return ParallelLayout(world_size=world_size, tp=tp, pp=pp, cp=cp, vpp=vpp if vpp > 1 else None)
+    return ParallelLayout(world_size=world_size, tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp if vpp > 1 else None)
 
 
 def render(report: CheckReport, console: Console) -> None:
     """Print the report as a table."""
-    table = Table(title=f"{report.spec.family}, {report.layout} -> engine TP{report.rollout_tp}, {report.dtype}")
+    engine = f"TP{report.rollout_tp}" + (f" x EP{report.rollout_ep}" if report.rollout_ep > 1 else "")
+    table = Table(title=f"{report.spec.family}, {report.layout} -> engine {engine}, {report.dtype}")
     columns = ("rank", "params", "copies", "fills", "MB", "sources", "plan ms", "pull ms", "equal")
     for column in columns:
         table.add_column(column, justify="right")
@@ -223,10 +245,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if equal, 1 if a parameter or checksum differs, 2 if the request cannot be run."""
     arguments = _parser().parse_args(argv)
     try:
+        rollout = parse_axes(arguments.rollout, ("tp", "ep"))
         report = run_check(
             _read_config(arguments.model, arguments.layers),
             training_layout(arguments.train),
-            rollout_tp=parse_axes(arguments.rollout, ("tp",)).get("tp", 1),
+            rollout_tp=rollout.get("tp", 1),
+            rollout_ep=rollout.get("ep", 1),
             dtype=arguments.dtype,
             vocab_multiple=arguments.vocab_multiple,
         )
@@ -256,8 +280,8 @@ def _read_config(model: Path, layers: int | None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mrl reshard-check", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder; only config.json is read")
-    parser.add_argument("--train", default="tp=1", help="training layout: tp, pp, vpp, cp, dp, as tp=2,pp=2,vpp=2")
-    parser.add_argument("--rollout", default="tp=1", help="engine layout: tp, as tp=2")
+    parser.add_argument("--train", default="tp=1", help="training layout: tp, pp, vpp, cp, dp, ep, as tp=2,pp=2,vpp=2")
+    parser.add_argument("--rollout", default="tp=1", help="engine layout: tp, ep, as tp=2")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
     parser.add_argument("--layers", type=int, help="use this many layers instead of the model's, to save memory")
     parser.add_argument("--vocab-multiple", type=int, default=128, help="Megatron's make_vocab_size_divisible_by")

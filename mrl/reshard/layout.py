@@ -1,13 +1,22 @@
 """Where every part of a parameter lies in the Hugging Face checkpoint, as boxes of rows and columns.
 
-A tensor is seen as 2-D: [n] counts as [n, 1] (rows n, one column). Layer numbers in names are global.
+A tensor is seen as 2-D: [n] counts as [n, 1] (rows n, one column), [e, n, m] as [e * n, m] (the experts' rows, one
+expert after the other). Layer and expert numbers in names are global.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) under which a parameter of 1 to 3 dimensions is addressed."""
+    if len(shape) == 1:
+        return shape[0], 1
+    return math.prod(shape[:-1]), shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +37,7 @@ class SourceParam:
     """One parameter in one rank's exported buffers."""
 
     name: str
-    """Megatron's name with the layer's global number."""
+    """Megatron's name with the layer's and the expert's global number."""
     shape: tuple[int, ...]
     buffer: int
     """Index into `SourceRank.buffers`."""
@@ -80,11 +89,11 @@ class TargetParam:
 
     @property
     def rows(self) -> int:
-        return self.shape[0]
+        return as_matrix(self.shape)[0]
 
     @property
     def row_bytes(self) -> int:
-        return (self.shape[1] if len(self.shape) > 1 else 1) * self.element_size
+        return as_matrix(self.shape)[1] * self.element_size
 
     @property
     def num_bytes(self) -> int:
@@ -95,13 +104,13 @@ def targets_of(named_parameters: Iterable[tuple[str, Any]]) -> list[TargetParam]
     """The manifest of a live module, from its `named_parameters()`; tensors are only looked at.
 
     Raises:
-        ValueError: a parameter is not contiguous or has neither one nor two dimensions.
+        ValueError: a parameter is not contiguous or has no dimension or more than three.
     """
     targets = []
     for name, param in named_parameters:
         shape = tuple(param.shape)
-        if len(shape) not in (1, 2):
-            raise ValueError(f"parameter {name} has shape {shape}; only 1 or 2 dimensions can be resharded")
+        if len(shape) not in (1, 2, 3):
+            raise ValueError(f"parameter {name} has shape {shape}; only 1 to 3 dimensions can be resharded")
         if not param.is_contiguous():
             raise ValueError(f"parameter {name} of shape {shape} has strides {param.stride()}; it must be contiguous")
         dtype = str(param.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from mrl.reshard.coverage import boxes_of, check_exact_cover
 from mrl.reshard.families import VOCABULARY_PARAMS, megatron_pieces, sglang_pieces
-from mrl.reshard.layout import Piece, SourceParam, SourceRank, TargetParam
+from mrl.reshard.layout import Piece, SourceParam, SourceRank, TargetParam, as_matrix
 from mrl.reshard.operations import CopyOp, Fill, coalesce
 from mrl.reshard.spec import ModelSpec
 
@@ -87,8 +87,9 @@ class _SourceIndex:
         self._tallest = {tensor: max(box.rows for box, _ in boxes) for tensor, boxes in self._boxes.items()}
 
     def _add(self, source: SourceRank, param: SourceParam, replicas: dict[str, dict[_Box, list[_Replica]]]) -> None:
-        pitch = (param.shape[1] if len(param.shape) > 1 else 1) * self._element_size
-        _check_in_buffer(source, param, param.shape[0] * pitch)
+        rows, cols = as_matrix(param.shape)
+        pitch = cols * self._element_size
+        _check_in_buffer(source, param, rows * pitch)
         for piece in self._pieces_of(source, param):
             offset = param.offset_bytes + piece.local_row * pitch + piece.local_col * self._element_size
             box = _Box(piece.row, piece.col, piece.rows, piece.cols)
@@ -149,12 +150,14 @@ def build_plan(
     tp_size: int,
     host: str,
     device: int,
+    ep_size: int = 1,
 ) -> Plan:
     """The plan of engine rank `tp_rank` of `tp_size`, which runs on `device` (-1: CPU) of `host`.
 
     Args:
         sources: every trainer rank's export; replicas (data parallel, tied embeddings, norms) are chosen among.
         targets: the engine rank's live parameters, `targets_of(module.named_parameters())`.
+        ep_size: the engine's expert-parallel size, a divisor of `tp_size`.
 
     Raises:
         ValueError: a name, shape or dtype does not fit, or some byte would be written never or twice.
@@ -166,7 +169,7 @@ def build_plan(
     copies: list[CopyOp] = []
     fills: list[Fill] = []
     for target in targets:
-        pieces = sglang_pieces(spec, target.name, target.shape, tp_rank=tp_rank, tp_size=tp_size)
+        pieces = sglang_pieces(spec, target.name, target.shape, tp_rank=tp_rank, tp_size=tp_size, ep_size=ep_size)
         param_copies = list(coalesce(_copies(target, pieces, index, nearest)))
         param_fills = _padding(target, pieces)
         check_target(target, param_copies, param_fills)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mrl.reshard.families import families
+from mrl.reshard.families.family import ExpertNames
 from mrl.reshard.spec import ModelSpec
 
 StateDict = Mapping[str, Tensor]
@@ -26,13 +28,15 @@ def megatron_shard(
     pre_process: bool,
     post_process: bool,
     padded_vocab_size: int,
+    experts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """One rank's parameters (local spec names, global layer numbers) from a whole Hugging Face state dict.
+    """One rank's parameters (local spec names, global layer and expert numbers) from a whole Hugging Face state dict.
 
     Args:
         layers: global indices of the rank's layers, over all its model chunks.
         pre_process, post_process: the rank holds the embedding; the final norm and the output layer. A tied output
             layer is held only where the embedding is not, as in GPTModel.
+        experts: global numbers of the rank's experts, of a model that has any.
     """
 
     def rows(tensor: Tensor) -> Tensor:
@@ -54,6 +58,9 @@ def megatron_shard(
         for name in ("q", "k") if spec.qk_layernorm else ():
             shard[f"{target}self_attention.{name}_layernorm.weight"] = state[f"{source}self_attn.{name}_norm.weight"]
         shard[target + "self_attention.linear_proj.weight"] = columns(state[source + "self_attn.o_proj.weight"])
+        if spec.moe:
+            shard |= _megatron_experts(state, spec, source, target, experts)
+            continue
         gate, up = (rows(state[f"{source}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         shard[target + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
         shard[target + "mlp.linear_fc2.weight"] = columns(state[source + "mlp.down_proj.weight"])
@@ -65,12 +72,31 @@ def megatron_shard(
     return shard
 
 
+def _megatron_experts(
+    state: StateDict, spec: ModelSpec, source: str, target: str, experts: Sequence[int]
+) -> dict[str, Tensor]:
+    names = _expert_names(spec)
+    shard = {target + "mlp.router.weight": state[f"{source}{names.module}.gate.weight"]}
+    for expert in experts:
+        prefix, local = f"{source}{names.module}.experts.{expert}.", f"{target}mlp.experts.local_experts.{expert}."
+        gate, up, down = (state[f"{prefix}{name}.weight"] for name in (names.gate, names.up, names.down))
+        shard[local + "linear_fc1.weight"] = torch.cat([gate, up])
+        shard[local + "linear_fc2.weight"] = down
+    return shard
+
+
+def _expert_names(spec: ModelSpec) -> ExpertNames:
+    names = families()[spec.family].experts
+    assert names is not None, f"{spec.family} has no experts"
+    return names
+
+
 def hugging_face_state(stages: Sequence[Sequence[Mapping[str, Tensor]]], spec: ModelSpec) -> dict[str, Tensor]:
-    """The whole Hugging Face state dict from `stages[pp_rank][tp_rank]`, the shards of one replica."""
+    """The whole Hugging Face state dict from `stages[pp_rank][tp_rank]`, shards that have every expert between them."""
     state: dict[str, Tensor] = {}
     for stage in stages:
-        for name in stage[0]:
-            _unshard(name, [shard[name] for shard in stage], spec, state)
+        for name in {name: None for shard in stage for name in shard}:
+            _unshard(name, [shard[name] for shard in stage if name in shard], spec, state)
     return state
 
 
@@ -98,6 +124,15 @@ def _unshard_layer(prefix: str, kind: str, shards: list[Tensor], spec: ModelSpec
         suffix = kind.rpartition(".")[2]
         for name, tensor in zip("qkv", _split_groups(spec, torch.cat(shards)), strict=True):
             state[f"{prefix}self_attn.{name}_proj.{suffix}"] = tensor
+    elif kind == "mlp.router.weight":
+        state[f"{prefix}{_expert_names(spec).module}.gate.weight"] = shards[0]
+    elif kind.startswith("mlp.experts."):
+        names, (_, _, _, expert, matrix, _) = _expert_names(spec), kind.split(".")
+        stem = f"{prefix}{names.module}.experts.{expert}."
+        if matrix == "linear_fc1":
+            state[f"{stem}{names.gate}.weight"], state[f"{stem}{names.up}.weight"] = shards[0].chunk(2)
+        else:
+            state[f"{stem}{names.down}.weight"] = shards[0]
     elif kind == "self_attention.linear_proj.weight":
         state[prefix + "self_attn.o_proj.weight"] = torch.cat(shards, dim=1)
     elif kind == "mlp.linear_fc1.weight":
@@ -126,7 +161,7 @@ def _split_groups(spec: ModelSpec, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def sglang_shard(
-    state: StateDict, spec: ModelSpec, *, tp_rank: int, tp_size: int, padded_vocab_size: int
+    state: StateDict, spec: ModelSpec, *, tp_rank: int, tp_size: int, padded_vocab_size: int, ep_size: int = 1
 ) -> dict[str, Tensor]:
     """One engine rank's parameters from a whole Hugging Face state dict, KV heads replicated if fewer than ranks."""
 
@@ -158,8 +193,32 @@ def sglang_shard(
         for name in ("q", "k") if spec.qk_layernorm else ():
             norm = f"{prefix}self_attn.{name}_norm.weight"
             shard[norm] = state[norm]
+        shard[prefix + "self_attn.o_proj.weight"] = columns(state[prefix + "self_attn.o_proj.weight"])
+        if spec.moe:
+            shard |= _sglang_experts(state, spec, prefix, tp_rank=tp_rank, tp_size=tp_size, ep_size=ep_size)
+            continue
         gate, up = (rows(state[f"{prefix}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         shard[prefix + "mlp.gate_up_proj.weight"] = torch.cat([gate, up])
-        shard[prefix + "self_attn.o_proj.weight"] = columns(state[prefix + "self_attn.o_proj.weight"])
         shard[prefix + "mlp.down_proj.weight"] = columns(state[prefix + "mlp.down_proj.weight"])
     return shard
+
+
+def _sglang_experts(
+    state: StateDict, spec: ModelSpec, prefix: str, *, tp_rank: int, tp_size: int, ep_size: int
+) -> dict[str, Tensor]:
+    assert spec.moe is not None
+    names, within = _expert_names(spec), tp_size // ep_size
+    module = prefix + names.module
+    experts = torch.arange(spec.moe.num_experts).chunk(ep_size)[tp_rank // within].tolist()
+    w13, w2 = [], []
+    for expert in experts:
+        gate, up, down = (
+            state[f"{module}.experts.{expert}.{name}.weight"] for name in (names.gate, names.up, names.down)
+        )
+        w13.append(torch.cat([matrix.chunk(within)[tp_rank % within] for matrix in (gate, up)]))
+        w2.append(down.chunk(within, dim=1)[tp_rank % within])
+    return {
+        f"{module}.gate.weight": state[f"{module}.gate.weight"],
+        f"{module}.experts.w13_weight": torch.stack(w13),
+        f"{module}.experts.w2_weight": torch.stack(w2),
+    }

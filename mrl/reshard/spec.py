@@ -22,6 +22,16 @@ class RopeScaling:
 
 
 @dataclass(kw_only=True, frozen=True)
+class MixtureOfExperts:
+    """Experts in the place of every layer's MLP, in Hugging Face's words."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    """Whether the probabilities of a token's experts are scaled to a sum of 1."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class ModelSpec:
     """Shape of a decoder-only model, in Hugging Face's words."""
 
@@ -30,6 +40,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Of the MLP, or of each expert."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -43,14 +54,20 @@ class ModelSpec:
     qk_layernorm: bool = False
     """RMSNorm over each head of q and of k, before the rotary embedding."""
     rope_scaling: RopeScaling | None = None
+    moe: MixtureOfExperts | None = None
+    """None: a dense model."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        scaling = data.get("rope_scaling")
-        return cls(**{**data, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        scaling, moe = data.get("rope_scaling"), data.get("moe")
+        nested = {
+            "rope_scaling": RopeScaling(**scaling) if scaling else None,
+            "moe": MixtureOfExperts(**moe) if moe else None,
+        }
+        return cls(**{**data, **nested})
 
 
 def load_spec(path: str | Path) -> ModelSpec:

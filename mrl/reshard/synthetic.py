@@ -82,6 +82,7 @@ def trainer_shard(
         pre_process=pp_rank == 0,
         post_process=pp_rank == layout.pp - 1,
         padded_vocab_size=padded_vocab_size,
+        experts=layout.experts_of(spec.moe.num_experts, layout.ep_rank(rank)) if spec.moe else (),
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mrl.backends.sglang.engine import SGLangEngine
@@ -55,9 +57,16 @@ def make_model(folder: Path, *, kv_heads: int = 4, seed: int = 0) -> LlamaForCau
 def export_trainer(spec: ModelSpec, model: PreTrainedModel, *, pp: int = 2) -> SyntheticTrainer:
     """The model's weights as trainer ranks (TP2 x PP) on this machine would export them."""
     layout = ParallelLayout(world_size=2 * pp, tp=2, pp=pp)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = checkpoint_state(model)
     rows = -(-spec.vocab_size // 256) * 256
     return export_layout(spec, state, layout, padded_vocab_size=rows, host=socket.gethostname(), first_device=-1)
+
+
+def checkpoint_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors as a checkpoint names them: transformers fuses experts only in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def control_of(spec: ModelSpec, trainer: SyntheticTrainer) -> dict[str, Any]:

@@ -18,12 +18,19 @@ from torch import Tensor
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import families
 from mrl.reshard.spec import load_spec
 
 BATCH = make_batch(500, 5, seed=3)
 LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"tp": 2, "pp": 2, "vpp": 2},
+    {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
     {"tp": 4, "sequence_parallel": True},
+)
+MOE_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"tp": 2, "pp": 2, "vpp": 2, "ep": 2, "sequence_parallel": True},
+    {"ep": 4},
+    {"tp": 2, "ep": 4, "sequence_parallel": True},
+    {"tp": 2, "sequence_parallel": True},
 )
 # Log-probs of magnitude 6 through 4 layers in float32.
 LOG_PROB_TOLERANCE = 1e-5
@@ -33,6 +40,10 @@ LOG_PROB_TOLERANCE = 1e-5
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("families")
     return {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
+
+
+def has_experts(family: str) -> bool:
+    return families()[family].experts is not None
 
 
 def expected_log_probs(models: dict[str, str]) -> dict[str, Tensor]:
@@ -58,7 +69,10 @@ def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, di
 
 def test_log_probs_equal_transformers_and_weights_come_back_bitwise(models) -> None:
     def run_all() -> dict[str, list[tuple[Tensor, dict[str, Tensor]]]]:
-        return {name: [log_probs_and_weights(path, layout) for layout in LAYOUTS] for name, path in models.items()}
+        return {
+            name: [log_probs_and_weights(path, layout) for layout in (MOE_LAYOUTS if has_experts(name) else LAYOUTS)]
+            for name, path in models.items()
+        }
 
     expected = run_on_ranks(lambda: expected_log_probs(models), 1)[0]
     for name, results in run_on_ranks(run_all, 4)[0].items():

@@ -20,6 +20,8 @@ def build_groups(layout: ParallelLayout, *, seed: int) -> ProcessGroupCollection
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         # Megatron wants gloo twins of NCCL groups for one legacy checkpoint format only.
         create_gloo_process_groups=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from mrl.reshard.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 _LAYER_PREFIX = "decoder.layers."
+_EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -64,14 +66,21 @@ class ModelChunk:
     module: torch.nn.Module
     layers: range
     """Global indices of its layers."""
+    experts: range
+    """Global numbers of its experts in each layer."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Megatron's names with the layer's global number."""
+        """Megatron's names with the layer's and the expert's global number."""
         for name, parameter in self.bare.named_parameters():
             if name.startswith(_LAYER_PREFIX):
                 number, rest = name.removeprefix(_LAYER_PREFIX).split(".", 1)
                 name = f"{_LAYER_PREFIX}{self.layers[int(number)]}.{rest}"
-            yield name, parameter
+            yield shift_expert(name, self.experts.start), parameter
+
+
+def shift_expert(name: str, distance: int) -> str:
+    """The name of the same parameter of the expert `distance` further; other names as they are."""
+    return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + distance}", name)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -108,12 +117,15 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         variable_seq_lengths=layout.pp > 1,
         deallocate_pipeline_outputs=True,
         batch_p2p_sync=False,
         # The default dispatcher is refused with variable sequence lengths even for dense models.
         moe_token_dispatcher_type="alltoall",
+        **_expert_fields(spec),
         # Losses arrive divided by their mini-batch's denominators: neither the schedule nor DDP may divide again.
         calculate_per_token_loss=True,
         apply_rope_fusion=fused,
@@ -125,6 +137,25 @@ def transformer_config(
         **_virtual_pipeline_fields(layout),
         **recompute.config_fields(),
     )
+
+
+def _expert_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Routing as in transformers: softmax, no token dropped, no loss but the caller's.
+
+    Megatron takes the softmax over all experts or over the chosen ones; the latter is the former scaled to a sum of 1.
+    """
+    if spec.moe is None:
+        return {}
+    return {
+        "num_moe_experts": spec.moe.num_experts,
+        "moe_ffn_hidden_size": spec.intermediate_size,
+        "moe_router_topk": spec.moe.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not spec.moe.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": _use_transformer_engine(),
+    }
 
 
 def _virtual_pipeline_fields(layout: ParallelLayout) -> dict[str, Any]:
@@ -155,12 +186,13 @@ def build_chunks(
     if torch.cuda.is_available() and not HAVE_TE and torch.distributed.get_rank() == 0:
         logger.warning("transformer-engine is not installed: Megatron's slower local layers are used")
     chunks = []
+    experts = layout.experts_of(spec.moe.num_experts, groups.ep.rank()) if spec.moe else range(0)
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
         bare = _build_gpt(spec, layout, config, groups, vp_stage, is_critic=is_critic).to(device)
         layers = layout.layers_of(spec.num_hidden_layers, groups.pp.rank(), vp_stage)
         _check_layer_numbers(bare, layers)
         module = Float16Module(config, bare) if config.bf16 else bare
-        chunks.append(ModelChunk(bare, module, layers))
+        chunks.append(ModelChunk(bare, module, layers, experts))
     return chunks
 
 
@@ -197,10 +229,15 @@ def _build_gpt(
 
 
 def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
+    num_experts = spec.moe.num_experts if spec.moe else None
     if _use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=spec.moe is not None, qk_layernorm=spec.qk_layernorm
+        )
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=spec.qk_layernorm)
+    submodules = get_gpt_layer_local_submodules(
+        num_experts=num_experts, normalization="RMSNorm", qk_layernorm=spec.qk_layernorm
+    )
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     if spec.qk_layernorm:
         attention = submodules.self_attention.submodules

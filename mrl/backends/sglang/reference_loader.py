@@ -37,7 +37,9 @@ class _Group:
         return self.rank_in_group == self.world_size - 1
 
 
-def build_engine_model(config: Mapping[str, Any], *, tp_rank: int, tp_size: int, dtype: torch.dtype) -> nn.Module:
+def build_engine_model(
+    config: Mapping[str, Any], *, tp_rank: int, tp_size: int, dtype: torch.dtype, ep_size: int = 1
+) -> nn.Module:
     """SGLang's model as rank `tp_rank` of `tp_size` holds it, on CPU, every floating point parameter NaN.
 
     Args:
@@ -49,7 +51,7 @@ def build_engine_model(config: Mapping[str, Any], *, tp_rank: int, tp_size: int,
     family = families()[spec_from_config(config).family]
     model_class = getattr(import_module(f"sglang.srt.models.{family.model_type}"), family.architecture)
     hugging_face = AutoConfig.for_model(**config)
-    with _engine_rank(tp_rank, tp_size), _default_dtype(dtype):
+    with _engine_rank(tp_rank, tp_size, ep_size), _default_dtype(dtype):
         try:
             model: nn.Module = model_class(hugging_face)
         except AssertionError as error:
@@ -61,17 +63,19 @@ def build_engine_model(config: Mapping[str, Any], *, tp_rank: int, tp_size: int,
     return model
 
 
-def load_reference(model: nn.Module, state: Mapping[str, Tensor], *, tp_rank: int, tp_size: int) -> None:
+def load_reference(
+    model: nn.Module, state: Mapping[str, Tensor], *, tp_rank: int, tp_size: int, ep_size: int = 1
+) -> None:
     """Fill the model with SGLang's own `load_weights` from a whole Hugging Face state dict."""
-    with _engine_rank(tp_rank, tp_size), torch.no_grad():
+    with _engine_rank(tp_rank, tp_size, ep_size), torch.no_grad():
         model.load_weights(iter(state.items()))  # type: ignore[operator]
 
 
 @contextmanager
-def _engine_rank(tp_rank: int, tp_size: int) -> Iterator[None]:
-    at_tp, alone = (tp_rank, tp_size), (0, 1)
-    axes = {"tp": at_tp, "attn_tp": at_tp, "moe_tp": at_tp}
-    axes |= dict.fromkeys(("pp", "attn_dp", "attn_cp", "moe_ep", "moe_dp"), alone)
+def _engine_rank(tp_rank: int, tp_size: int, ep_size: int) -> Iterator[None]:
+    at_tp, within, alone = (tp_rank, tp_size), tp_size // ep_size, (0, 1)
+    axes = {"tp": at_tp, "attn_tp": at_tp, "moe_tp": (tp_rank % within, within), "moe_ep": (tp_rank // within, ep_size)}
+    axes |= dict.fromkeys(("pp", "attn_dp", "attn_cp", "moe_dp"), alone)
     ranks = {f"{axis}_rank": rank for axis, (rank, _) in axes.items()}
     sizes = {f"{axis}_size": size for axis, (_, size) in axes.items()}
     groups = {"_PP": _Group(1, 0), "_TP": _Group(tp_size, tp_rank), "_MOE_DP": _Group(1, 0)}

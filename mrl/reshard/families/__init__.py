@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mrl.reshard.families import decoder
 from mrl.reshard.families.config import Config
-from mrl.reshard.families.decoder import VOCABULARY_PARAMS, count_params, tensor_shapes
+from mrl.reshard.families.decoder import VOCABULARY_PARAMS, count_params, expert_params, layer_params, tensor_shapes
 from mrl.reshard.families.family import families
 from mrl.reshard.families.tables import Cut, LocalParam
 from mrl.reshard.layout import Piece
@@ -17,7 +17,9 @@ __all__ = [
     "count_params",
     "expected_megatron_shape",
     "expected_sglang_shape",
+    "expert_params",
     "families",
+    "layer_params",
     "megatron_pieces",
     "sglang_pieces",
     "spec_from_config",
@@ -52,7 +54,7 @@ def megatron_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank
     """Where one rank's Megatron parameter lies in the checkpoint.
 
     Args:
-        name: in GPTModel (local or transformer-engine spec), with the layer's global number.
+        name: in GPTModel (local or transformer-engine spec), with the layer's and the expert's global number.
         shape: of the live parameter; vocabulary rows may be padded, and padded rows are in no piece.
 
     Raises:
@@ -62,9 +64,14 @@ def megatron_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank
     return _checked(decoder.megatron_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
 
 
-def sglang_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Where one engine rank's parameter lies in the checkpoint; as `megatron_pieces`, under SGLang's CUDA rules."""
-    cut = Cut("SGLang", tp_rank, tp_size)
+def sglang_pieces(
+    spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int, ep_size: int = 1
+) -> list[Piece]:
+    """Where one engine rank's parameter lies in the checkpoint; as `megatron_pieces`, under SGLang's CUDA rules.
+
+    With expert parallelism, `tp_size` / `ep_size` consecutive ranks share an expert.
+    """
+    cut = Cut("SGLang", tp_rank, tp_size, ep_size)
     return _checked(decoder.sglang_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
 
 
@@ -77,9 +84,11 @@ def expected_megatron_shape(
     return decoder.megatron_param(spec, name, cut, vocab_rows=rows).shape
 
 
-def expected_sglang_shape(spec: ModelSpec, name: str, *, tp_size: int, vocab_multiple: int = 64) -> tuple[int, ...]:
+def expected_sglang_shape(
+    spec: ModelSpec, name: str, *, tp_size: int, ep_size: int = 1, vocab_multiple: int = 64
+) -> tuple[int, ...]:
     """Shape of one engine rank's parameter; SGLang pads the vocabulary to a multiple of 64."""
-    cut = Cut("SGLang", 0, tp_size)
+    cut = Cut("SGLang", 0, tp_size, ep_size)
     padded = -(-spec.vocab_size // vocab_multiple) * vocab_multiple
     rows = cut.share(padded, "padded vocabulary") if _is_vocabulary(name) else 0
     return decoder.sglang_param(spec, name, cut, vocab_rows=rows).shape

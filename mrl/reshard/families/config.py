@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from mrl.reshard.spec import ModelSpec, RopeScaling
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec, RopeScaling
 
 Config = Mapping[str, Any]
 
@@ -20,7 +20,12 @@ COMMON_DEFAULTS: Config = {
 
 
 def read_spec(
-    config: Config, *, defaults: Config, attention_bias: bool = False, qk_layernorm: bool = False
+    config: Config,
+    *,
+    defaults: Config,
+    attention_bias: bool = False,
+    qk_layernorm: bool = False,
+    moe: MixtureOfExperts | None = None,
 ) -> ModelSpec:
     """The spec of a RoPE, RMSNorm, SwiGLU decoder.
 
@@ -30,6 +35,7 @@ def read_spec(
             `COMMON_DEFAULTS`.
         attention_bias: whether this family has a bias on q, k and v.
         qk_layernorm: whether this family normalizes q and k.
+        moe: of a family with experts; its `intermediate_size` is one expert's.
 
     Raises:
         ValueError: a required field is missing, or a field asks for something this package cannot honour.
@@ -55,6 +61,31 @@ def read_spec(
         attention_bias=attention_bias,
         qk_layernorm=qk_layernorm,
         rope_scaling=rope_scaling,
+        moe=moe,
+    )
+
+
+def read_experts(
+    config: Config, *, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool
+) -> MixtureOfExperts:
+    """The mixture of experts of a config; the arguments are the family's defaults.
+
+    Raises:
+        ValueError: a size is not positive, a token has more experts than there are, or the embeddings are tied.
+    """
+    if config.get("tie_word_embeddings"):
+        raise refuse(config, "tie_word_embeddings", "SGLang's models with experts do not tie them")
+    # Transformers writes either name for Mixtral and Qwen3-MoE, and reads both.
+    given = {name: value for name, value in config.items() if value is not None}
+    given.setdefault("num_experts", given.get("num_local_experts", num_experts))
+    given.setdefault("num_experts_per_tok", num_experts_per_tok)
+    count, per_token = _size(given, "num_experts"), _size(given, "num_experts_per_tok")
+    if per_token > count:
+        raise ValueError(f"num_experts_per_tok = {per_token} exceeds num_experts = {count}")
+    return MixtureOfExperts(
+        num_experts=count,
+        num_experts_per_tok=per_token,
+        norm_topk_prob=bool(given.get("norm_topk_prob", norm_topk_prob)),
     )
 
 

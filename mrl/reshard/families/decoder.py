@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Literal
 
 from mrl.reshard.families.family import families
 from mrl.reshard.families.tables import Cut, LocalParam, Rule, Segment, replicated, stack
@@ -36,15 +37,21 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def layer_params(spec: ModelSpec) -> int:
-    """Parameters of one layer."""
-    return sum(math.prod(shape) for part in families()[spec.family].layer(spec) for shape in part.tensors.values())
+def layer_params(spec: ModelSpec, side: Literal["megatron", "sglang"]) -> Collection[str]:
+    """Names of the parameters that a layer may have on a side, without the layer's prefix."""
+    return (_megatron_rules if side == "megatron" else _sglang_rules)(spec).keys()
+
+
+def expert_params(spec: ModelSpec) -> int:
+    """Parameters of all experts of one layer, without their router; 0 of a dense model."""
+    return 3 * spec.hidden_size * spec.intermediate_size * spec.moe.num_experts if spec.moe else 0
 
 
 def count_params(spec: ModelSpec) -> int:
     """All parameters, embeddings included; a tied head is counted once."""
     matrices = 1 if spec.tie_word_embeddings else 2
-    return spec.num_hidden_layers * layer_params(spec) + spec.hidden_size * (1 + matrices * spec.vocab_size)
+    layer = sum(math.prod(shape) for part in families()[spec.family].layer(spec) for shape in part.tensors.values())
+    return spec.num_hidden_layers * layer + spec.hidden_size * (1 + matrices * spec.vocab_size)
 
 
 def megatron_param(spec: ModelSpec, name: str, cut: Cut, *, vocab_rows: int) -> LocalParam:

@@ -15,6 +15,17 @@ from mrl.reshard.spec import ModelSpec
 
 
 @dataclass(kw_only=True, frozen=True)
+class ExpertNames:
+    """What a checkpoint calls the parts of a mixture of experts."""
+
+    module: str
+    """In a layer; its router is "<module>.gate", its experts are "<module>.experts.<number>"."""
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(kw_only=True, frozen=True)
 class Family:
     """Models that share a Hugging Face `model_type`."""
 
@@ -26,6 +37,8 @@ class Family:
     """A parsed config.json -> the spec; ValueError names a field that cannot be honoured."""
     layer: Callable[[ModelSpec], list[Part]]
     """The parts of every layer."""
+    experts: ExpertNames | None = None
+    """Of a family with a mixture of experts."""
 
 
 @functools.cache

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from mrl.reshard.families.family import ExpertNames
 from mrl.reshard.families.tables import (
     Cut,
     LocalParam,
@@ -78,9 +79,85 @@ def mlp(spec: ModelSpec) -> Part:
     )
 
 
+def mixture_of_experts(spec: ModelSpec, names: ExpertNames) -> Part:
+    """A router and its experts, each SwiGLU.
+
+    Megatron holds each of a rank's experts whole: one module an expert in the local spec, numbered parameters of one
+    module in transformer-engine's. SGLang holds all of a rank's experts in two parameters, w13 [experts, gate rows then
+    up rows, hidden] and w2 [experts, hidden, ffn], cut over the ranks that share an expert.
+    """
+    assert spec.moe is not None, f"{spec.family} has experts, but its spec says nothing of them"
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    router = f"{names.module}.gate.weight"
+    tensors: dict[str, tuple[int, ...]] = {router: (spec.moe.num_experts, hidden)}
+    router_rule = replicated(router, spec.moe.num_experts, hidden)
+    megatron = {"mlp.router.weight": router_rule}
+    for expert in range(spec.moe.num_experts):
+        gate, up, down = _expert_tensors(names, expert)
+        tensors |= {gate: (ffn, hidden), up: (ffn, hidden), down: (hidden, ffn)}
+        into, out = _uncut(stacked_row_shares((gate, up), ffn, hidden, "")), replicated(down, hidden, ffn)
+        local = f"mlp.experts.local_experts.{expert}"
+        megatron |= {f"{local}.linear_fc1.weight": into, f"{local}.linear_fc2.weight": out}
+        megatron |= {f"mlp.experts.linear_fc{n}.weight{expert}": rule for n, rule in ((1, into), (2, out))}
+    return Part(
+        tensors=tensors,
+        megatron=megatron,
+        sglang={
+            router: router_rule,
+            f"{names.module}.experts.w13_weight": _sglang_w13(spec, names),
+            f"{names.module}.experts.w2_weight": _sglang_w2(spec, names),
+        },
+    )
+
+
 def dense_layer(spec: ModelSpec) -> list[Part]:
     """The layer of Llama and its relatives."""
     return [norms(spec), attention(spec), mlp(spec)]
+
+
+def moe_layer(spec: ModelSpec, names: ExpertNames) -> list[Part]:
+    """The layer of Mixtral and its relatives."""
+    return [norms(spec), attention(spec), mixture_of_experts(spec, names)]
+
+
+def _expert_tensors(names: ExpertNames, expert: int) -> tuple[str, str, str]:
+    """Checkpoint names of an expert's gate, up and down projections."""
+    gate, up, down = (f"{names.module}.experts.{expert}.{name}.weight" for name in (names.gate, names.up, names.down))
+    return gate, up, down
+
+
+def _uncut(rule: Rule) -> Rule:
+    """The rule on an axis of one rank: Megatron's experts are not cut (expert tensor parallel size 1)."""
+    return lambda cut, prefix: rule(Cut(cut.side, 0, 1), prefix)
+
+
+def _sglang_w13(spec: ModelSpec, names: ExpertNames) -> Rule:
+    def rule(cut: Cut, prefix: str) -> LocalParam:
+        assert spec.moe is not None
+        experts, within = cut.experts(spec.moe.num_experts)
+        share = within.share(spec.intermediate_size, "intermediate size of an expert")
+        segments = [
+            Segment(prefix + tensor, share * within.rank, share)
+            for expert in experts
+            for tensor in _expert_tensors(names, expert)[:2]
+        ]
+        return LocalParam((len(experts), 2 * share, spec.hidden_size), stack(segments, spec.hidden_size))
+
+    return rule
+
+
+def _sglang_w2(spec: ModelSpec, names: ExpertNames) -> Rule:
+    def rule(cut: Cut, prefix: str) -> LocalParam:
+        assert spec.moe is not None
+        experts, within = cut.experts(spec.moe.num_experts)
+        rows, share = spec.hidden_size, within.share(spec.intermediate_size, "intermediate size of an expert")
+        pieces = [
+            Piece(prefix + _expert_tensors(names, expert)[2], 0, share * within.rank, rows, share, rows * number, 0)
+            for number, expert in enumerate(experts)
+        ]
+        return LocalParam((len(experts), rows, share), pieces)
+
+    return rule
 
 
 def _megatron_qkv(spec: ModelSpec, kind: str) -> Rule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from mrl.reshard.layout import Piece
+from mrl.reshard.layout import Piece, as_matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,25 @@ class Cut:
     side: str
     rank: int
     size: int
+    ep_size: int = 1
+    """Of SGLang: into how many groups of consecutive ranks the axis is divided to share out the experts."""
 
     def share(self, total: int, what: str) -> int:
         """`total` divided over the axis; ValueError if it does not divide."""
         if total % self.size:
             raise ValueError(f"{what} = {total} is not divisible by the {self.side} tensor parallel size {self.size}")
         return total // self.size
+
+    def experts(self, num_experts: int) -> tuple[range, Cut]:
+        """The rank's experts, and its cut of each of them; ValueError if the sizes do not divide."""
+        if num_experts % self.ep_size or self.size % self.ep_size:
+            raise ValueError(
+                f"{self.side} expert parallel size {self.ep_size} does not divide num_experts = {num_experts} or the "
+                f"tensor parallel size {self.size}"
+            )
+        within, local = self.size // self.ep_size, num_experts // self.ep_size
+        first = self.rank // within * local
+        return range(first, first + local), Cut(self.side, self.rank % within, within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +86,8 @@ def stack(segments: Iterable[Segment], cols: int, start: int = 0, stop: int | No
 
 def replicated(tensor: str, *shape: int) -> Rule:
     """Every rank holds the whole tensor."""
-    cols = shape[1] if len(shape) > 1 else 1
-    return lambda cut, prefix: LocalParam(shape, stack([Segment(prefix + tensor, 0, shape[0])], cols))
+    rows, cols = as_matrix(shape)
+    return lambda cut, prefix: LocalParam(shape, stack([Segment(prefix + tensor, 0, rows)], cols))
 
 
 def column_share(tensor: str, rows: int, cols: int, what: str) -> Rule:

@@ -7,7 +7,7 @@ import pytest
 from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_layout, rank_bytes
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import count_params
-from mrl.reshard.spec import ModelSpec
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec
 
 GIB = 2**30
 
@@ -25,6 +25,17 @@ LLAMA_8B = make_spec(
     hidden_size=4096,
     intermediate_size=14336,
     vocab_size=128256,
+)
+MIXTRAL = make_spec(
+    family="mixtral",
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    hidden_size=4096,
+    intermediate_size=14336,
+    vocab_size=32000,
+    moe=MixtureOfExperts(num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
 )
 TRAINED_BF16 = BytesPerParameter.of(weight=2, trained=True)
 SMALL = make_spec(
@@ -53,6 +64,7 @@ def test_parameter_counts_equal_the_published_ones() -> None:
         attention_bias=True,
     )
     assert count_params(qwen2_0_5b) == 494_032_768
+    assert count_params(MIXTRAL) == 46_702_792_704
 
 
 def test_bytes_per_parameter_of_the_usual_settings() -> None:
@@ -151,3 +163,45 @@ def test_layouts_that_fit_the_model_pass_with_more_ranks_than_kv_heads_too() -> 
 def test_layouts_that_do_not_divide_the_model_are_refused(tp: int, pp: int, vpp: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(ParallelLayout(world_size=tp * pp, tp=tp, pp=pp, vpp=vpp), SMALL)
+
+
+def test_experts_are_split_by_their_own_axis_only() -> None:
+    experts = 32 * 8 * 3 * 4096 * 14336
+    others = count_params(MIXTRAL) - experts
+    weights = BytesPerParameter.of(weight=2, trained=False)
+    for tp, ep in ((1, 1), (1, 4), (4, 2), (2, 8)):
+        layout = ParallelLayout(world_size=8, tp=tp, ep=ep, sequence_parallel=True)
+        assert rank_bytes(layout, MIXTRAL, weights) == round(2 * (others / tp + experts / ep))
+    # Adam's 12 bytes of an expert's parameter are sharded over the 2 ranks that hold it, of another's over dp = 4.
+    layout = ParallelLayout(world_size=8, tp=2, ep=4, sequence_parallel=True)
+    assert rank_bytes(layout, MIXTRAL, TRAINED_BF16) == round(others / 2 * (6 + 12 / 4) + experts / 4 * (6 + 12 / 2))
+
+
+def test_expert_parallel_ranks_are_consecutive_in_a_stage() -> None:
+    layout = ParallelLayout(world_size=16, tp=2, pp=2, ep=4)
+    assert [layout.ep_rank(rank) for rank in range(16)] == [0, 1, 2, 3] * 4
+    assert [list(layout.experts_of(8, rank)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert str(layout) == "TP2 x PP2 x EP4 x DP4"
+    with pytest.raises(ValueError, match="expert_model_parallel_size = 3 does not divide the 4 ranks of a pipeline"):
+        ParallelLayout(world_size=8, pp=2, ep=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "message"),
+    [
+        (SMALL, {"ep": 2}, "expert_model_parallel_size = 2, but llama models have no experts"),
+        (MIXTRAL, {"ep": 16}, r"= 16 does not divide num_experts = 8; make it one of 1, 2, 4, 8$"),
+        (MIXTRAL, {"tp": 2}, "needs sequence_parallel = true"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_experts_are_refused(spec: ModelSpec, layout: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(ParallelLayout(world_size=16, **layout), spec)
+
+
+def test_the_automatic_layout_keeps_the_expert_parallel_size() -> None:
+    sizes = {"world_size": 8, "gpus_per_node": 8, "bytes_per_parameter": BytesPerParameter.of(weight=2, trained=False)}
+    chosen = choose_layout(MIXTRAL, memory_bytes_per_rank=16 * GIB, ep=8, **sizes)
+    assert str(chosen) == "TP1 x PP1 x EP8 x DP8"
+    with pytest.raises(ValueError, match="no layout of 8 ranks has expert_model_parallel_size = 3"):
+        choose_layout(MIXTRAL, memory_bytes_per_rank=16 * GIB, ep=3, **sizes)

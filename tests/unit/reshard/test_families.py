@@ -7,7 +7,7 @@ import torch
 from family_configs import FAMILY_CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reshard_cases import bitwise_equal, layouts, make_spec, padded, specs
+from reshard_cases import bitwise_equal, layouts, make_spec, moe_specs, padded, specs
 
 from mrl.reshard.families import (
     expected_megatron_shape,
@@ -18,9 +18,9 @@ from mrl.reshard.families import (
     spec_from_config,
     tensor_shapes,
 )
-from mrl.reshard.layout import Piece
+from mrl.reshard.layout import Piece, as_matrix
 from mrl.reshard.reference import megatron_shard, sglang_shard
-from mrl.reshard.spec import ModelSpec, RopeScaling
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec, RopeScaling
 from mrl.reshard.synthetic import distinct_state
 
 LLAMA3_ROPE = {
@@ -46,7 +46,7 @@ CONFIG = {
 def assemble(pieces, state, shape):
     """A local parameter from its boxes; rows that no box covers stay zero."""
     out = torch.zeros(shape, dtype=state["model.norm.weight"].dtype)
-    flat = out.view(shape[0], -1)
+    flat = out.view(as_matrix(shape))
     for piece in pieces:
         source = state[piece.tensor]
         box = source.view(source.shape[0], -1)[piece.row :, piece.col :][: piece.rows, : piece.cols]
@@ -106,7 +106,7 @@ def test_transformer_engine_norms_are_the_plain_norms(fused, plain):
 
 
 @settings(max_examples=25, deadline=None)
-@given(spec=specs, layout=layouts(), multiple=st.sampled_from([1, 8]))
+@given(spec=specs | moe_specs, layout=layouts(), multiple=st.sampled_from([1, 8]))
 def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
     state = distinct_state(spec, torch.float32)
     rows = padded(spec.vocab_size, multiple * layout.tp)
@@ -120,6 +120,7 @@ def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
             pre_process=True,
             post_process=True,
             padded_vocab_size=rows,
+            experts=range(spec.moe.num_experts) if spec.moe else (),
         )
         for name, tensor in shard.items():
             assert expected_megatron_shape(spec, name, tp_size=layout.tp, padded_vocab_size=rows) == tensor.shape
@@ -128,16 +129,44 @@ def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
 
 
 @settings(max_examples=25, deadline=None)
-@given(spec=specs, tp_size=st.sampled_from([1, 2, 4, 8]))
-def test_sglang_tables_agree_with_the_slow_reference(spec, tp_size):
+@given(spec=specs | moe_specs, tp_size=st.sampled_from([1, 2, 4, 8]), data=st.data())
+def test_sglang_tables_agree_with_the_slow_reference(spec, tp_size, data):
+    ep_size = data.draw(st.sampled_from([size for size in (1, 2, 4) if tp_size % size == 0])) if spec.moe else 1
     state = distinct_state(spec, torch.bfloat16)
     for tp_rank in range(tp_size):
-        rows = padded(spec.vocab_size, 64)
-        shard = sglang_shard(state, spec, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=rows)
+        rows, place = padded(spec.vocab_size, 64), {"tp_rank": tp_rank, "tp_size": tp_size, "ep_size": ep_size}
+        shard = sglang_shard(state, spec, padded_vocab_size=rows, **place)
         for name, tensor in shard.items():
-            assert expected_sglang_shape(spec, name, tp_size=tp_size) == tensor.shape
-            pieces = sglang_pieces(spec, name, tensor.shape, tp_rank=tp_rank, tp_size=tp_size)
+            assert expected_sglang_shape(spec, name, tp_size=tp_size, ep_size=ep_size) == tensor.shape
+            pieces = sglang_pieces(spec, name, tensor.shape, **place)
             assert bitwise_equal(assemble(pieces, state, tensor.shape), tensor), name
+
+
+def test_numbered_experts_of_transformer_engine_are_those_of_the_local_layers():
+    spec = spec_from_config(FAMILY_CONFIGS["mixtral"])
+    place = {"tp_rank": 1, "tp_size": 2}
+    for matrix, shape in (("linear_fc1", (128, 64)), ("linear_fc2", (64, 64))):
+        numbered = megatron_pieces(spec, f"decoder.layers.1.mlp.experts.{matrix}.weight3", shape, **place)
+        local = f"decoder.layers.1.mlp.experts.local_experts.3.{matrix}.weight"
+        assert numbered == megatron_pieces(spec, local, shape, **place)
+    # [gate of expert 3; up of expert 3], whole on every tensor-parallel rank.
+    name = "decoder.layers.1.mlp.experts.linear_fc1.weight3"
+    assert megatron_pieces(spec, name, (128, 64), **place) == [
+        Piece("model.layers.1.block_sparse_moe.experts.3.w1.weight", 0, 0, 64, 64, 0, 0),
+        Piece("model.layers.1.block_sparse_moe.experts.3.w3.weight", 0, 0, 64, 64, 64, 0),
+    ]
+
+
+def test_sglang_experts_are_dealt_out_to_groups_of_ranks_and_cut_within():
+    # 4 experts of 64 columns at TP4 x EP2: ranks 2 and 3 have experts 2 and 3, rank 3 the second half of each.
+    spec = spec_from_config(FAMILY_CONFIGS["mixtral"])
+    name = "model.layers.0.block_sparse_moe.experts.w2_weight"
+    assert sglang_pieces(spec, name, (2, 64, 32), tp_rank=3, tp_size=4, ep_size=2) == [
+        Piece("model.layers.0.block_sparse_moe.experts.2.w2.weight", 0, 32, 64, 32, 0, 0),
+        Piece("model.layers.0.block_sparse_moe.experts.3.w2.weight", 0, 32, 64, 32, 64, 0),
+    ]
+    with pytest.raises(ValueError, match="expert parallel size 3 does not divide num_experts = 4"):
+        sglang_pieces(spec, name, (2, 64, 32), tp_rank=0, tp_size=3, ep_size=3)
 
 
 def test_heads_padded_by_the_engine_are_refused_with_the_remedy():
@@ -247,6 +276,36 @@ def test_mistral_with_a_sliding_window_is_refused(window):
     with pytest.raises(ValueError, match="mistral config has sliding_window = "):
         spec_from_config({**config, "max_position_embeddings": 32768 if not window else 512, **window})
     spec_from_config({**config, "sliding_window": 512})
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"use_sliding_window": True}),
+        ("qwen3_moe", {"num_experts_per_tok": 9}),
+        ("mixtral", {"sliding_window": 128}),
+        ("mixtral", {"router_jitter_noise": 0.1}),
+        ("mixtral", {"head_dim": 16}),
+        ("mixtral", {"num_local_experts": 0}),
+        ("mixtral", {"tie_word_embeddings": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_mixture_of_experts_that_cannot_be_honoured_is_refused_by_name(family, field):
+    name = next(iter(field)).removeprefix("num_local_")
+    with pytest.raises(ValueError, match=name):
+        spec_from_config({**FAMILY_CONFIGS[family], **field})
+
+
+def test_mixtral_defaults_are_those_of_transformers():
+    config = {
+        key: value for key, value in FAMILY_CONFIGS["mixtral"].items() if key not in ("rope_theta", "rms_norm_eps")
+    }
+    spec = spec_from_config(config)
+    assert (spec.rope_theta, spec.rms_norm_eps) == (1e6, 1e-5)
+    assert spec.moe == MixtureOfExperts(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
 
 
 def test_a_sliding_window_that_no_layer_uses_is_accepted():

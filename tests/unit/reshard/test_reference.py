@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reshard_cases import bitwise_equal, layouts, make_spec, specs, state_and_trainer
+from reshard_cases import bitwise_equal, layouts, make_spec, moe_specs, specs, state_and_trainer
 
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import tensor_shapes
@@ -21,6 +21,17 @@ def test_shards_of_any_layout_give_the_checkpoint_back(spec, layout, multiple):
         tp_rank, _, _, pp_rank = layout.coordinates(rank)
         stages[pp_rank][tp_rank] = shard
     back = hugging_face_state(stages, spec)
+    assert back.keys() == state.keys()
+    assert all(bitwise_equal(back[name], state[name]) for name in state)
+
+
+@settings(max_examples=10, deadline=None)
+@given(spec=moe_specs, tp=st.sampled_from([1, 2, 4]), data=st.data())
+def test_shards_of_experts_give_the_checkpoint_back(spec, tp, data):
+    ep = data.draw(st.sampled_from([size for size in (1, 2, 4) if tp % size == 0]))
+    layout = ParallelLayout(world_size=2 * tp, tp=tp, pp=2, ep=ep)
+    state, trainer = state_and_trainer(spec, layout)
+    back = hugging_face_state([trainer.memory[:tp], trainer.memory[tp:]], spec)
     assert back.keys() == state.keys()
     assert all(bitwise_equal(back[name], state[name]) for name in state)
 
