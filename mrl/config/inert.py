@@ -105,6 +105,11 @@ def _role_rules(path: str, role: _RoleOf, *, loss_scale_inherited: bool) -> tupl
             when=lambda config: _needs_no_step_count(role(config).optim),
             reason="the learning rate is constant and no warm-up is given as a ratio",
         ),
+        _Rule(
+            keys=(f"{path}.megatron.dist_checkpointing_path",),
+            when=lambda config: not role(config).megatron.use_dist_checkpointing,
+            reason=f"{path}.megatron.use_dist_checkpointing is False, so the weights are those of the model's folder",
+        ),
     )
 
 

@@ -44,6 +44,10 @@ class MegatronConfig(Section):
     """Seed of dropout and of weights that no checkpoint holds, such as the value head."""
     dtype: Dtype = "bfloat16"
     """Type of parameters and activations; the optimizer keeps float32."""
+    use_dist_checkpointing: bool = False
+    """Take the initial weights from `dist_checkpointing_path` instead of the model's folder."""
+    dist_checkpointing_path: str | None = None
+    """Folder that `mrl convert hf2megatron` wrote, or a checkpoint of a run, of any layout."""
     override_transformer_config: Mapping[str, Any] = field(default_factory=lambda: FrozenDict(TRANSFORMER_DEFAULTS))
     """Fields for Megatron's TransformerConfig, activation recompute among them."""
 
@@ -56,6 +60,11 @@ class MegatronConfig(Section):
             "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
         )
+        if self.use_dist_checkpointing and self.dist_checkpointing_path is None:
+            raise ConfigError(
+                "use_dist_checkpointing = True needs dist_checkpointing_path, the folder of a checkpoint; "
+                "`mrl convert hf2megatron` writes one"
+            )
         _check_recompute(self.override_transformer_config)
 
 

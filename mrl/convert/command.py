@@ -113,7 +113,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _layout(arguments: argparse.Namespace) -> ParallelLayout:
-    return ParallelLayout(world_size=arguments.tp * arguments.pp, tp=arguments.tp, pp=arguments.pp)
+    tp, pp = arguments.tp, arguments.pp
+    # Models with experts are refused without it; it changes no weight.
+    return ParallelLayout(world_size=tp * pp, tp=tp, pp=pp, sequence_parallel=tp > 1)
 
 
 def _track(arguments: argparse.Namespace) -> Track:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mrl.convert.names import Parameter, expert_of
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import VOCABULARY_PARAMS, expected_megatron_shape, megatron_pieces
 from mrl.reshard.hf_export import stage_of_unit, unit_of
@@ -22,20 +23,22 @@ class Box:
     cols: int
 
 
-def whole_pieces(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> list[Piece]:
+def whole_pieces(spec: ModelSpec, parameter: Parameter) -> list[Piece]:
     """The Hugging Face boxes that make the whole parameter."""
-    return megatron_pieces(spec, name, shape, tp_rank=0, tp_size=1)
+    return megatron_pieces(spec, parameter.name, parameter.shape, tp_rank=0, tp_size=1)
 
 
-def boxes_of_ranks(spec: ModelSpec, name: str, shape: tuple[int, ...], tp_size: int) -> list[list[Box]]:
+def boxes_of_ranks(spec: ModelSpec, parameter: Parameter, tp_size: int) -> list[list[Box]]:
     """For each tensor-parallel rank the boxes of the parameter that it is the first to hold, in its local order.
 
-    Together they are the parameter, once; padded vocabulary rows are in none.
+    Together they are the parameter, once; padded vocabulary rows are in none. Experts are not cut: the ranks take
+    turns with them.
 
     Raises:
         ValueError: the size does not divide the parameter.
     """
-    whole = whole_pieces(spec, name, shape)
+    name = parameter.name
+    whole = whole_pieces(spec, parameter)
     vocabulary = -(-spec.vocab_size // tp_size) * tp_size if name in VOCABULARY_PARAMS else None
     local_shape = expected_megatron_shape(spec, name, tp_size=tp_size, padded_vocab_size=vocabulary)
     seen: set[Box] = set()
@@ -45,6 +48,10 @@ def boxes_of_ranks(spec: ModelSpec, name: str, shape: tuple[int, ...], tp_size: 
         boxes = _joined(box for piece in pieces for box in _boxes_in_whole(piece, whole))
         ranks.append([box for box in boxes if box not in seen])
         seen.update(boxes)
+    expert = expert_of(parameter)
+    if expert is not None and spec.moe:
+        turn = expert * tp_size // spec.moe.num_experts
+        ranks[0], ranks[turn] = ranks[turn], ranks[0]
     return ranks
 
 

@@ -70,9 +70,9 @@ def _shards_of_ranks(
     ranks: list[list[NewShard | NewObject]] = [[] for _ in range(layout.tp * layout.pp)]
     ranks[0] += [NewObject(key=key, data=data) for key, data in pickled_objects(parameters)]
     for parameter in parameters:
-        pieces = whole_pieces(spec, parameter.name, parameter.shape)
+        pieces = whole_pieces(spec, parameter)
         first = stage_of(spec, pieces, layout) * layout.tp
-        for tp_rank, boxes in enumerate(boxes_of_ranks(spec, parameter.name, parameter.shape, layout.tp)):
+        for tp_rank, boxes in enumerate(boxes_of_ranks(spec, parameter, layout.tp)):
             ranks[first + tp_rank] += shards_of(parameter, boxes, dtype, partial(_read, weights, pieces, dtype))
     return ranks
 

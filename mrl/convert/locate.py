@@ -52,6 +52,12 @@ def is_hugging_face(path: Path) -> bool:
     return holds_safetensors(path)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `find_role` finds a torch_dist folder there."""
+    places = (path, path / ENGINE_STATE, path / "actor" / ENGINE_STATE)
+    return any(holds_dist_checkpoint(place) for place in places)
+
+
 def find_role(path: Path, *, role: str | None = None) -> RoleFolder:
     """The role that a path means: a checkpoint's folder, a role's folder in it, its torch_dist folder, or a converted
     model.

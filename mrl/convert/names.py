@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mrl.reshard.families import megatron_pieces, tensor_shapes
+from mrl.reshard.families import tensor_shapes
 from mrl.reshard.reference import megatron_shard
 from mrl.reshard.spec import ModelSpec
 
@@ -53,9 +53,9 @@ class Parameter:
 
 def model_parameters(spec: ModelSpec) -> list[Parameter]:
     """Every parameter of the model, the experts of a layer one by one; a tied output layer is the embedding."""
-    state = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(spec).items()}
+    experts = range(spec.moe.num_experts) if spec.moe else range(0)
     shard = megatron_shard(
-        state,
+        {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(spec).items()},
         spec,
         tp_rank=0,
         tp_size=1,
@@ -63,13 +63,12 @@ def model_parameters(spec: ModelSpec) -> list[Parameter]:
         pre_process=True,
         post_process=True,
         padded_vocab_size=spec.vocab_size,
+        experts=experts,
     )
-    names = {name: tuple(tensor.shape) for name, tensor in shard.items()}
-    experts = 1 + max((int(match[2]) for match in map(_expert_of, names) if match), default=-1)
     parameters = []
-    for name, shape in names.items():
-        stored = _stored_name(spec, name, shape)
-        parameters.append(Parameter(stored, shape, _place(stored, spec.num_hidden_layers, experts)))
+    for name, tensor in shard.items():
+        stored = _stored_name(spec, name)
+        parameters.append(Parameter(stored, tuple(tensor.shape), _place(stored, spec.num_hidden_layers, len(experts))))
     return parameters
 
 
@@ -89,22 +88,12 @@ def stored_parameters(key: str, shape: tuple[int, ...]) -> Iterator[Parameter]:
             yield Parameter(name, shape[2:], Place(key, (layer, expert), shape[:2]))
 
 
-def _expert_of(name: str) -> re.Match[str] | None:
-    return re.match(r"decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.", name)
-
-
-def _stored_name(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> str:
+def _stored_name(spec: ModelSpec, name: str) -> str:
     """`name` with the norm's name in transformer-engine's layers, where they fuse it."""
     for plain, fused in _FUSED_NORMS.items():
-        renamed = name.replace(f".{plain}", f".{fused}")
-        if renamed == name:
-            continue
-        try:
-            megatron_pieces(spec, renamed, shape, tp_rank=0, tp_size=1)
-        except ValueError:
-            # A layer of experts has no linear layer after the norm.
-            return name
-        return renamed
+        # What follows the norm before experts is no linear layer.
+        if not (spec.moe and plain.startswith("pre_mlp")):
+            name = name.replace(f".{plain}", f".{fused}")
     return name
 
 
@@ -117,6 +106,11 @@ def _place(name: str, layers: int, experts: int) -> Place:
     if expert:
         return Place(f"{LAYERS}{_STORED_EXPERTS}{expert[2]}", (layer, int(expert[1])), (layers, experts))
     return Place(LAYERS + rest, (layer,), (layers,))
+
+
+def expert_of(parameter: Parameter) -> int | None:
+    """The number of the expert that a parameter belongs to."""
+    return parameter.place.lead[1] if len(parameter.place.lead) > 1 else None
 
 
 def pickled_objects(parameters: Iterable[Parameter]) -> Iterator[tuple[str, bytes]]:

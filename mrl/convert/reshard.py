@@ -107,8 +107,8 @@ def _owners(
     if is_critic and parameter.name in VALUE_HEAD:
         yield (layout.pp - 1) * layout.tp, [Box(0, 0, shape[0], shape[1] if len(shape) > 1 else 1)]
         return
-    stage = stage_of(spec, whole_pieces(spec, parameter.name, shape), layout)
-    for tp_rank, boxes in enumerate(boxes_of_ranks(spec, parameter.name, shape, layout.tp)):
+    stage = stage_of(spec, whole_pieces(spec, parameter), layout)
+    for tp_rank, boxes in enumerate(boxes_of_ranks(spec, parameter, layout.tp)):
         yield stage * layout.tp + tp_rank, boxes
 
 

@@ -16,7 +16,10 @@ import torch
 
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
+from mrl.convert.locate import find_role
+from mrl.convert.megatron_weights import MegatronWeights
 from mrl.data.embedded import resolve_embedded
+from mrl.interfaces import CheckpointError
 from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_layout
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import count_params
@@ -41,6 +44,8 @@ class RolePlan:
     """One role's model and its layout."""
 
     model_path: Path
+    weights_path: Path
+    """Hugging Face folder or checkpoint with the initial weights."""
     spec: ModelSpec
     layout: ParallelLayout
 
@@ -172,9 +177,23 @@ def _plan_role(
     try:
         layout = _layout(config, megatron, spec, device, trained=trained)
         check_layout(layout, spec)
+        weights_path = _weights_path(megatron, path, spec)
     except ValueError as error:
         raise ValueError(f"{section}.megatron: {error}") from error
-    return RolePlan(model_path=path, spec=spec, layout=layout)
+    return RolePlan(model_path=path, weights_path=weights_path, spec=spec, layout=layout)
+
+
+def _weights_path(megatron: MegatronConfig, model: Path, spec: ModelSpec) -> Path:
+    if not megatron.use_dist_checkpointing:
+        return model
+    assert megatron.dist_checkpointing_path is not None, "the configuration requires it"
+    folder = Path(megatron.dist_checkpointing_path).expanduser().absolute()
+    try:
+        # Opened to have another model's refused here, by name.
+        MegatronWeights(find_role(folder).dist, spec)
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(f"dist_checkpointing_path: {error}") from error
+    return folder
 
 
 def _layout(

@@ -68,7 +68,7 @@ def _setup(
 ) -> RoleSetup:
     return RoleSetup(
         kind=kind,
-        model_path=str(role.model_path),
+        model_path=str(role.weights_path),
         spec=role.spec,
         layout=role.layout,
         dtype=megatron.dtype,  # type: ignore[arg-type]

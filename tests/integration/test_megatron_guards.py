@@ -16,7 +16,7 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from mrl.backends.megatron.engine import MegatronEngine
-from mrl.backends.megatron.hf_weights import load_hf_weights
+from mrl.backends.megatron.hf_weights import load_weights
 from mrl.backends.megatron.model import Recompute, transformer_config
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings, check_adam, megatron_optimizer
 from mrl.backends.megatron.role_state import RoleState
@@ -110,7 +110,7 @@ def test_bad_folders_name_what_is_wrong(model, tmp_path, spoil) -> None:
     message = spoil(folder)
     norm = torch.nn.Parameter(torch.zeros(128))
     with pytest.raises(ValueError, match=message):
-        load_hf_weights(folder, load_spec(folder), [("decoder.final_layernorm.weight", norm)], tp_rank=0, tp_size=1)
+        load_weights(folder, load_spec(folder), [("decoder.final_layernorm.weight", norm)], tp_rank=0, tp_size=1)
 
 
 def test_a_bad_folder_is_a_user_error_of_the_job(model, tmp_path) -> None:
@@ -125,7 +125,7 @@ def test_a_bad_folder_is_a_user_error_of_the_job(model, tmp_path) -> None:
 def test_padded_vocabulary_rows_are_zero(model) -> None:
     # 250 rows over 4 ranks are 63 each, and the last 2 are padding.
     shard = torch.nn.Parameter(torch.full((63, 128), torch.nan))
-    load_hf_weights(model, load_spec(model), [("output_layer.weight", shard)], tp_rank=3, tp_size=4)
+    load_weights(model, load_spec(model), [("output_layer.weight", shard)], tp_rank=3, tp_size=4)
     expected = load_file(Path(model) / "model.safetensors")["lm_head.weight"][189:]
     assert torch.equal(shard[:61], expected)
     assert torch.equal(shard[61:], torch.zeros(2, 128))

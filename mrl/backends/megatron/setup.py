@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mrl.backends.megatron.buffers import flatten_parameters
 from mrl.backends.megatron.engine import EngineParts, MegatronEngine, TrainingParts
 from mrl.backends.megatron.groups import build_groups
-from mrl.backends.megatron.hf_weights import load_hf_weights
+from mrl.backends.megatron.hf_weights import load_weights
 from mrl.backends.megatron.model import ModelChunk, Recompute, build_chunks, transformer_config
 from mrl.backends.megatron.offload import OffloadSettings
 from mrl.backends.megatron.optimizer import (
@@ -42,7 +42,7 @@ class RoleSetup:
 
     kind: Literal["actor", "critic", "reference"]
     model_path: str
-    """Hugging Face folder with the initial weights."""
+    """Hugging Face folder or checkpoint with the initial weights."""
     spec: ModelSpec
     layout: ParallelLayout
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -116,7 +116,7 @@ def _load(setup: RoleSetup, chunks: Sequence[ModelChunk], groups: ProcessGroupCo
         if isinstance(head, ValueHead):
             head.reset(std=setup.value_head_std, seed=setup.seed)
             parameters = [item for item in parameters if not item[0].startswith("output_layer.")]
-    load_hf_weights(
+    load_weights(
         setup.model_path,
         setup.spec,
         parameters,
