@@ -109,6 +109,7 @@ def _preload() -> None:
 def _announce(config: PPOConfig, plan: RunPlan) -> None:
     """Show what will run and make its folder; what an earlier run wrote there is kept."""
     show_table("PPO", plan.rows())
+    show_table(plan.memory_title, plan.memory.rows())
     if plan.device == "cpu" and config.trainer.device == "auto":
         for line in find_inert_on_cpu(config):
             logger.warning(line)

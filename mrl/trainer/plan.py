@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import psutil
-import torch
 
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
@@ -25,12 +21,13 @@ from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import count_params
 from mrl.reshard.hf_export import list_model_files
 from mrl.reshard.spec import ModelSpec, load_spec
+from mrl.trainer.job_memory import plan_memory, role_memory
+from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
+from mrl.trainer.memory_plan import MemoryPlan
 from mrl.trainer.resume import CurrentRole, ResumePoint, find_resume_point
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
 from mrl.trainer.updates import UpdateSchedule
-
-Device = Literal["cpu", "cuda"]
 
 # Shares of a rank's memory that an automatic layout may fill with a role's weights, gradients and optimizer state.
 _TRAINED_SHARE = 0.35
@@ -74,8 +71,14 @@ class RunPlan:
     """What the actor's checkpoints hold."""
     critic_record: RoleRecord | None
     tokenizer_path: Path
+    memory: MemoryPlan
     resume: ResumePoint | None
     """The checkpoint that the run continues."""
+
+    @property
+    def memory_title(self) -> str:
+        """Of the table of `memory`."""
+        return "Memory, GiB per GPU" if self.device == "cuda" else "Memory, GiB over all hosts"
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of every line a person wants to see before the run."""
@@ -90,25 +93,25 @@ class RunPlan:
         ]
 
 
-def plan_run(config: PPOConfig) -> RunPlan:
-    """The job that `config` asks for.
+def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
+    """The job that `config` asks for, on the given kind of host; by default on this one.
 
     Raises:
         ValueError: a path that does not exist, a layout or size that does not fit; says what to change.
     """
-    device = choose_device(config.trainer.device)
+    machine = machine or find_machine(config.trainer.device)
     run_dir = Path(config.trainer.default_local_dir).expanduser().absolute()
     shared = config.actor_rollout_ref
     files = _Files(run_dir / "embedded")
     actor_path = files.model(shared.model.path)
-    actor = _plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, device, trained=True)
+    actor = _plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, machine, trained=True)
     critic = None
     if config.needs_critic:
         critic_path = files.model(config.critic.model.path)
-        critic = _plan_role(config, "critic", config.critic.megatron, critic_path, device, trained=True)
+        critic = _plan_role(config, "critic", config.critic.megatron, critic_path, machine, trained=True)
     reference = None
     if config.needs_reference:
-        reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, device, trained=False)
+        reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, machine, trained=False)
     _check_lengths(config, {"actor": actor, **({"critic": critic} if critic else {})})
     _check_reward_file(config)
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
@@ -117,16 +120,17 @@ def plan_run(config: PPOConfig) -> RunPlan:
     current = {"actor": _current(actor, actor_record, tokenizer_path)}
     if critic and critic_record:
         current["critic"] = _current(critic, critic_record, tokenizer_path)
-    trainer = config.trainer
+    trainer, num_engines = config.trainer, _count_engines(config, actor.spec, machine.device)
     return RunPlan(
-        device=device,
+        device=machine.device,
         world_size=config.trainer.world_size,
         run_dir=run_dir,
         actor=actor,
         critic=critic,
         reference=reference,
         rollout_tp=shared.rollout.tensor_model_parallel_size,
-        num_engines=_count_engines(config, actor.spec, device),
+        num_engines=num_engines,
+        memory=_plan_memory(config, machine, actor, critic, reference, num_engines=num_engines),
         actor_schedule=actor_schedule(config, actor.layout.dp),
         critic_schedule=critic_schedule(config, critic.layout.dp) if critic else None,
         ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
@@ -137,18 +141,6 @@ def plan_run(config: PPOConfig) -> RunPlan:
         tokenizer_path=tokenizer_path,
         resume=find_resume_point(trainer.resume_mode, run_dir, trainer.resume_from_path, current),
     )
-
-
-def choose_device(requested: str) -> Device:
-    """ "cuda" or "cpu"; "auto" takes CUDA where there is any.
-
-    Raises:
-        ValueError: CUDA is asked for and torch sees none.
-    """
-    available = torch.cuda.is_available()
-    if requested == "cuda" and not available:
-        raise ValueError("trainer.device = cuda, but torch finds no CUDA device; set trainer.device=cpu or auto")
-    return "cuda" if available and requested != "cpu" else "cpu"
 
 
 class _Files:
@@ -171,11 +163,11 @@ class _Files:
 
 
 def _plan_role(
-    config: PPOConfig, section: str, megatron: MegatronConfig, path: Path, device: Device, *, trained: bool
+    config: PPOConfig, section: str, megatron: MegatronConfig, path: Path, machine: Machine, *, trained: bool
 ) -> RolePlan:
     spec = load_spec(path)
     try:
-        layout = _layout(config, megatron, spec, device, trained=trained)
+        layout = _layout(config, megatron, spec, machine, trained=trained)
         check_layout(layout, spec)
         weights_path = _weights_path(megatron, path, spec)
     except ValueError as error:
@@ -197,11 +189,11 @@ def _weights_path(megatron: MegatronConfig, model: Path, spec: ModelSpec) -> Pat
 
 
 def _layout(
-    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, device: Device, *, trained: bool
+    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, machine: Machine, *, trained: bool
 ) -> ParallelLayout:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     if tp is None and pp is None:
-        chosen = _automatic_layout(config, megatron, spec, device, trained=trained)
+        chosen = _automatic_layout(config, megatron, spec, machine, trained=trained)
         tp, pp = chosen.tp, chosen.pp
     return ParallelLayout(
         world_size=config.trainer.world_size,
@@ -214,7 +206,7 @@ def _layout(
 
 
 def _automatic_layout(
-    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, device: Device, *, trained: bool
+    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, machine: Machine, *, trained: bool
 ) -> ParallelLayout:
     trainer = config.trainer
     optimizer_offload = isinstance(megatron, TrainableMegatronConfig) and megatron.optimizer_offload
@@ -223,19 +215,32 @@ def _automatic_layout(
         spec,
         world_size=trainer.world_size,
         gpus_per_node=trainer.n_gpus_per_node,
-        memory_bytes_per_rank=int(share * memory_per_rank(device, trainer.n_gpus_per_node)),
+        memory_bytes_per_rank=int(share * machine.rank_bytes(trainer.n_gpus_per_node)),
         bytes_per_parameter=BytesPerParameter.of(weight=4 if megatron.dtype == "float32" else 2, trained=trained),
     )
 
 
-def memory_per_rank(device: Device, ranks_per_host: int) -> int:
-    """Bytes a rank may use: its GPU's memory, or its share of the host's. Does not create a CUDA context."""
-    if device == "cpu":
-        return psutil.virtual_memory().total // ranks_per_host
-    import pynvml
-
-    pynvml.nvmlInit()
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+def _plan_memory(
+    config: PPOConfig,
+    machine: Machine,
+    actor: RolePlan,
+    critic: RolePlan | None,
+    reference: RolePlan | None,
+    *,
+    num_engines: int,
+) -> MemoryPlan:
+    shared = config.actor_rollout_ref
+    roles = (
+        ("actor", actor, shared.actor.megatron, True),
+        ("critic", critic, config.critic.megatron, True),
+        ("reference", reference, shared.ref.megatron, False),
+    )
+    held = [
+        role_memory(name, role.spec, role.layout, megatron, trained=trained)
+        for name, role, megatron, trained in roles
+        if role is not None
+    ]
+    return plan_memory(config, machine, held, actor=actor.spec, num_engines=num_engines)
 
 
 def _describe(role: RolePlan, megatron: TrainableMegatronConfig, *, is_critic: bool) -> RoleRecord:
@@ -269,7 +274,7 @@ def _check_lengths(config: PPOConfig, roles: Mapping[str, RolePlan]) -> None:
             )
 
 
-def _count_engines(config: PPOConfig, actor: ModelSpec, device: Device) -> int:
+def _count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
     rollout, world_size = config.actor_rollout_ref.rollout, config.trainer.world_size
     tp, key = rollout.tensor_model_parallel_size, "actor_rollout_ref.rollout.tensor_model_parallel_size"
     if world_size % tp:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mrl.config.load import load_config
-from mrl.trainer.plan import choose_device, plan_run
+from mrl.trainer.machine import choose_device
+from mrl.trainer.plan import plan_run
 from mrl.trainer.schedules import updates_per_step
 
 ACTOR = "actor_rollout_ref.actor"

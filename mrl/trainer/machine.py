@@ -1,0 +1,51 @@
+"""What a job's ranks run on: the device and how much memory there is. Creates no CUDA context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Machine:
+    """One host of the job; all are taken to be alike."""
+
+    device: Device
+    host_bytes: int
+    """Main memory."""
+    gpu_bytes: int = 0
+    """Memory of each GPU; 0 on CPU."""
+
+    def rank_bytes(self, ranks_per_host: int) -> int:
+        """What one rank may use: its GPU's memory, or its share of the host's."""
+        return self.gpu_bytes if self.device == "cuda" else self.host_bytes // ranks_per_host
+
+
+def find_machine(requested: str) -> Machine:
+    """This host, with the requested device; see `choose_device`."""
+    device = choose_device(requested)
+    host_bytes = psutil.virtual_memory().total
+    if device == "cpu":
+        return Machine(device=device, host_bytes=host_bytes)
+    import pynvml
+
+    pynvml.nvmlInit()
+    memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
+    return Machine(device=device, host_bytes=host_bytes, gpu_bytes=int(memory.total))
+
+
+def choose_device(requested: str) -> Device:
+    """ "cuda" or "cpu"; "auto" takes CUDA where there is any.
+
+    Raises:
+        ValueError: CUDA is asked for and torch sees none.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise ValueError("trainer.device = cuda, but torch finds no CUDA device; set trainer.device=cpu or auto")
+    return "cuda" if available and requested != "cpu" else "cpu"
