@@ -16,8 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from hugging_face import checkpoint_state
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mrl.backends.sglang.engine import SGLangEngine
@@ -60,13 +59,6 @@ def export_trainer(spec: ModelSpec, model: PreTrainedModel, *, pp: int = 2) -> S
     state = checkpoint_state(model)
     rows = -(-spec.vocab_size // 256) * 256
     return export_layout(spec, state, layout, padded_vocab_size=rows, host=socket.gethostname(), first_device=-1)
-
-
-def checkpoint_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors as a checkpoint names them: transformers fuses experts only in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return load_file(Path(folder) / "model.safetensors")
 
 
 def control_of(spec: ModelSpec, trainer: SyntheticTrainer) -> dict[str, Any]:

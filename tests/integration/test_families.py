@@ -51,7 +51,8 @@ def expected_log_probs(models: dict[str, str]) -> dict[str, Tensor]:
         return {name: load_reference(path).outputs(BATCH)["log_probs"] for name, path in models.items()}
 
 
-def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Log-probs, weights read from the exported memory, and weights written as a Hugging Face folder and read again."""
     spec = load_spec(path)
     engine = build_engine(
         RoleSetup(
@@ -62,13 +63,20 @@ def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, di
             temperature=TEMPERATURE,
         )
     )
-    result = engine.compute_log_probs(BATCH, micro_batch_size=2), gather_hf_tensors(engine, spec)
+    log_probs, gathered = engine.compute_log_probs(BATCH, micro_batch_size=2), gather_hf_tensors(engine, spec)
+    folder = Path(path) / f"exported {engine.layout}"
+    folder.mkdir(exist_ok=True)
+    export = engine.stage_hugging_face(folder, in_background=True)
+    export.write()
+    export.finish()
+    dist.barrier()
     engine.close()
-    return result
+    written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return log_probs, gathered, written
 
 
 def test_log_probs_equal_transformers_and_weights_come_back_bitwise(models) -> None:
-    def run_all() -> dict[str, list[tuple[Tensor, dict[str, Tensor]]]]:
+    def run_all() -> dict[str, list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]]:
         return {
             name: [log_probs_and_weights(path, layout) for layout in (MOE_LAYOUTS if has_experts(name) else LAYOUTS)]
             for name, path in models.items()
@@ -77,12 +85,13 @@ def test_log_probs_equal_transformers_and_weights_come_back_bitwise(models) -> N
     expected = run_on_ranks(lambda: expected_log_probs(models), 1)[0]
     for name, results in run_on_ranks(run_all, 4)[0].items():
         saved = load_file(Path(models[name]) / "model.safetensors")
-        for log_probs, weights in results:
+        for log_probs, *copies in results:
             torch.testing.assert_close(
                 log_probs, expected[name], atol=LOG_PROB_TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
             )
-            assert weights.keys() == saved.keys()
-            assert all(torch.equal(weights[tensor], saved[tensor]) for tensor in saved), name
+            for weights in copies:
+                assert weights.keys() == saved.keys()
+                assert all(torch.equal(weights[tensor], saved[tensor]) for tensor in saved), name
 
 
 def generate(folder: str, tp_size: int) -> tuple[list[list[int]], list[list[int]], float]:

@@ -227,7 +227,7 @@ class MegatronEngine:
             raise guarded.error
         metrics = reduce_micro_batches(contributions)
         for module in self._training().modules:
-            for buffer in module.buffers:
+            for buffer in chain(module.buffers, module.expert_parallel_buffers):
                 # The largest magnitude is NaN if any element is.
                 if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
                     loss = f", its micro-batches' loss is {metrics['loss'][0]}" if metrics else ""

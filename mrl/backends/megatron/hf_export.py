@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mrl.backends.megatron.model import is_expert_parameter, shift_expert
 from mrl.interfaces import CheckpointError
 from mrl.parallel.agreement import broadcast_result
 from mrl.reshard.families import megatron_pieces, tensor_shapes
@@ -101,42 +103,75 @@ def stage_hf_weights(
     parameters = dict(item for chunk in parts.chunks for item in chunk.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     files = plan_files(parts.spec, parts.layout, bytes_per_element=dtype.itemsize, max_file_bytes=max_file_bytes)
-    groups, staged = parts.groups, StagedExport(folder, files)
+    staged = StagedExport(folder, files)
     for file in files:
-        if (file.pp_rank, file.dp_rank) != (groups.pp.rank(), groups.dp.rank()):
-            continue
-        tensors = _gather(parts, parameters, file, dtype)
-        if groups.tp.rank() == 0:
+        gathering = _Gathering(parts, parameters, file, dtype)
+        tensors = gathering.run()
+        if gathering.writes:
             staged.add(file.name, tensors, in_background=in_background)
     return staged
 
 
-def _gather(
-    parts: EngineParts, parameters: dict[str, torch.nn.Parameter], file: ExportFile, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The file's tensors on the CPU of tp rank 0; empty on the others. Called by all of tp_group."""
-    spec, tp_group = parts.spec, parts.groups.tp
-    collects, tp_size = tp_group.rank() == 0, tp_group.size()
-    shapes = tensor_shapes(spec)
-    tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in file.tensors} if collects else {}
-    missing = {name: tensor.numel() for name, tensor in tensors.items()}
-    for name, parameter in parameters.items():
-        pieces = [
-            megatron_pieces(spec, name, tuple(parameter.shape), tp_rank=rank, tp_size=tp_size)
-            for rank in range(tp_size)
-        ]
-        unit = unit_of(pieces[0][0].tensor, spec)
-        if unit not in file.units or stage_of_unit(unit, spec, parts.layout) != parts.groups.pp.rank():
-            continue
-        shards = [torch.empty_like(parameter) for _ in range(tp_size)] if collects else None
-        dist.gather(parameter.detach(), shards, group=tp_group, group_dst=0)
+class _Gathering:
+    """One file's tensors on their way to the rank that writes it: tp rank 0 of the file's data-parallel rank.
+
+    Tensors come from its tp_group, experts from its ep_group, which may lie within the former or extend it.
+    """
+
+    def __init__(
+        self, parts: EngineParts, parameters: Mapping[str, torch.nn.Parameter], file: ExportFile, dtype: torch.dtype
+    ) -> None:
+        groups, layout = parts.groups, parts.layout
+        on_stage = groups.pp.rank() == file.pp_rank
+        # Places on the stage: tensor-parallel ranks are consecutive, and so are expert-parallel ones.
+        place, writer = groups.dp.rank() * layout.tp + groups.tp.rank(), file.dp_rank * layout.tp
+        self.writes = on_stage and place == writer
+        self._in_tp_group = on_stage and place // layout.tp == writer // layout.tp
+        self._in_ep_group = on_stage and place // layout.ep == writer // layout.ep
+        self._writer_ep_rank = writer % layout.ep
+        self._parts = parts
+        self._parameters = parameters
+        self._file = file
+        shapes = tensor_shapes(parts.spec)
+        names = file.tensors if self.writes else ()
+        self._tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
+        self._missing = {name: tensor.numel() for name, tensor in self._tensors.items()}
+
+    def run(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU of the rank that writes; empty on the others. Called by all ranks."""
+        for name, parameter in self._parameters.items():
+            is_expert = is_expert_parameter(name)
+            if not (self._in_ep_group if is_expert else self._in_tp_group):
+                continue
+            pieces = self._pieces(name, parameter, is_expert)
+            unit = unit_of(pieces[0][0].tensor, self._parts.spec)
+            if unit in self._file.units and stage_of_unit(unit, self._parts.spec, self._parts.layout) == (
+                self._file.pp_rank
+            ):
+                self._take(parameter, pieces, is_expert)
+        absent = [name for name, count in self._missing.items() if count]
+        assert not absent, f"parameters do not fill the tensors {absent[:3]}"
+        return self._tensors
+
+    def _pieces(self, name: str, parameter: torch.nn.Parameter, is_expert: bool) -> list[list[Piece]]:
+        """Of each rank that takes part; ranks of the ep_group hold other experts under one position."""
+        parts, shape = self._parts, tuple(parameter.shape)
+        if not is_expert:
+            tp_size = parts.layout.tp
+            return [megatron_pieces(parts.spec, name, shape, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
+        share, mine = len(parts.chunks[0].experts), parts.groups.ep.rank()
+        names = [shift_expert(name, share * (rank - mine)) for rank in range(parts.layout.ep)]
+        return [megatron_pieces(parts.spec, each, shape, tp_rank=0, tp_size=1) for each in names]
+
+    def _take(self, parameter: torch.nn.Parameter, pieces: list[list[Piece]], is_expert: bool) -> None:
+        groups = self._parts.groups
+        group, writer = (groups.ep, self._writer_ep_rank) if is_expert else (groups.tp, 0)
+        shards = [torch.empty_like(parameter) for _ in pieces] if self.writes else None
+        dist.gather(parameter.detach(), shards, group=group, group_dst=writer)
         # A parameter that every rank has whole, such as a norm, is taken once.
         for rank, shard in enumerate(shards or []):
             if rank == 0 or pieces[rank] != pieces[0]:
-                _place(tensors, missing, shard, pieces[rank])
-    absent = [name for name, count in missing.items() if count]
-    assert not absent, f"parameters do not fill the tensors {absent[:3]}"
-    return tensors
+                _place(self._tensors, self._missing, shard, pieces[rank])
 
 
 def _place(tensors: dict[str, Tensor], missing: dict[str, int], shard: Tensor, pieces: list[Piece]) -> None:

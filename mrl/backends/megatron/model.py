@@ -78,6 +78,11 @@ class ModelChunk:
             yield shift_expert(name, self.experts.start), parameter
 
 
+def is_expert_parameter(name: str) -> bool:
+    """Whether a parameter belongs to one expert."""
+    return _EXPERT.search(name) is not None
+
+
 def shift_expert(name: str, distance: int) -> str:
     """The name of the same parameter of the expert `distance` further; other names as they are."""
     return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + distance}", name)

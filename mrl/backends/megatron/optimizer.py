@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import megatron.core.optimizer as megatron_optimizer
@@ -100,7 +101,7 @@ def check_resumable(modules: Sequence[DistributedDataParallel]) -> None:
     for module in modules:
         if not module.ddp_config.use_distributed_optimizer:
             continue
-        for buffer in module.buffers:
+        for buffer in chain(module.buffers, module.expert_parallel_buffers):
             for number, bucket in enumerate(buffer.buckets[:-1]):
                 size, unpadded = bucket.grad_data.numel(), bucket.numel_unpadded
                 if size != unpadded:
