@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mrl.parallel.auto_layout import BytesPerParameter, rank_bytes
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.families import count_params
+from mrl.reshard.families import count_params, expert_params
 from mrl.reshard.spec import ModelSpec
 
 _GIB = 2**30
@@ -130,13 +130,7 @@ def plan_host_memory(
     roles: Sequence[RoleMemory], engine: EngineMemory, *, num_engines: int, host_bytes: int
 ) -> MemoryPlan:
     """The memory of one CPU host that runs every rank: nothing leaves it, and phases do not differ."""
-    items = []
-    for role in roles:
-        layout = role.layout
-        replicas = layout.dp * layout.cp
-        copies = role.spec.vocab_size * role.spec.hidden_size if role.spec.tie_word_embeddings and layout.pp > 1 else 0
-        total = (count_params(role.spec) + copies) * role.bytes_per_parameter.total(replicas) * replicas
-        items.append(_constant(role.name, round(total)))
+    items = [_constant(role.name, _bytes_of_all_ranks(role)) for role in roles]
     weights = engine.bytes_per_weight * count_params(engine.spec)
     items.append(_constant("engine weights", num_engines * weights))
     items.append(_constant("KV cache", num_engines * engine.kv_tokens * kv_bytes_per_token(engine)))
@@ -147,6 +141,17 @@ def kv_bytes_per_token(engine: EngineMemory) -> int:
     """Keys and values of one token in all layers and heads, over all ranks of an engine."""
     spec = engine.spec
     return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * engine.bytes_per_weight
+
+
+def _bytes_of_all_ranks(role: RoleMemory) -> int:
+    spec, layout, per = role.spec, role.layout, role.bytes_per_parameter
+    tied_copy = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings and layout.pp > 1 else 0
+    experts = spec.num_hidden_layers * expert_params(spec)
+    replicas = layout.dp * layout.cp
+    # Tensor-parallel ranks do not share an expert: with more of them there are more copies.
+    expert_replicas = layout.world_size // layout.pp // layout.ep
+    dense = count_params(spec) + tied_copy - experts
+    return round(dense * per.total(replicas) * replicas + experts * per.total(expert_replicas) * expert_replicas)
 
 
 def _role_items(role: RoleMemory) -> list[MemoryItem]:

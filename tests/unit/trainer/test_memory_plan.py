@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mrl.config.load import load_config
 from mrl.parallel.auto_layout import BytesPerParameter
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.spec import ModelSpec
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec
 from mrl.trainer.machine import Machine
 from mrl.trainer.memory_plan import EngineMemory, RoleMemory, plan_device_memory, plan_host_memory
 from mrl.trainer.plan import plan_run
@@ -94,6 +96,21 @@ def test_a_host_without_gpus_holds_every_replica_and_engine():
         "engine weights": (2 * 4 * TOTAL,) * 2 + (0,),
         "KV cache": (2 * 100 * 2 * 4 * 16 * 4,) * 2 + (0,),
     }
+
+
+def test_experts_are_shared_out_over_their_own_axis():
+    spec = replace(
+        SPEC, family="mixtral", moe=MixtureOfExperts(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
+    )
+    experts, routers = 4 * 4 * 3 * 512, 4 * 4 * 16
+    dense = TOTAL - 4 * 3 * 512 + routers
+    layout = ParallelLayout(world_size=4, tp=2, ep=2)
+    per = BytesPerParameter.of(weight=4, trained=True, distributed_optimizer=False)
+    role = RoleMemory(name="actor", spec=spec, layout=layout, bytes_per_parameter=per)
+    engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=4, static_fraction=None)
+    plan = plan_host_memory([role], engine, num_engines=1, host_bytes=GIB)
+    # Two replicas of everything: over tp x dp = 4 ranks the dense part is cut by tp = 2, the experts by ep = 2.
+    assert items_of(plan)["actor"][0] == 2 * 16 * (dense + experts)
 
 
 def test_a_run_is_planned_for_gpus_that_are_not_here(tmp_path):
