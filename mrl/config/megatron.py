@@ -36,6 +36,10 @@ class MegatronConfig(Section):
     """Model chunks per pipeline stage (interleaved schedule); null is off."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks of a pipeline stage that deal out each layer's experts among them; 1 for models without experts."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert; experts are always whole, so it is 1 or null."""
     sequence_parallel: bool = True
     """Split activations between tensor-parallel regions along the sequence; acts with tensor parallelism."""
     param_offload: bool = False
@@ -59,7 +63,13 @@ class MegatronConfig(Section):
             "pipeline_model_parallel_size",
             "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
+            "expert_model_parallel_size",
         )
+        if self.expert_tensor_parallel_size not in (None, 1):
+            raise ConfigError(
+                f"expert_tensor_parallel_size = {self.expert_tensor_parallel_size} is not supported: experts are not "
+                "cut; set it to 1, and deal experts out with expert_model_parallel_size"
+            )
         if self.use_dist_checkpointing and self.dist_checkpointing_path is None:
             raise ConfigError(
                 "use_dist_checkpointing = True needs dist_checkpointing_path, the folder of a checkpoint; "

@@ -201,6 +201,7 @@ def _layout(
         pp=pp or 1,
         vpp=megatron.virtual_pipeline_model_parallel_size,
         cp=megatron.context_parallel_size,
+        ep=megatron.expert_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel and (tp or 1) > 1,
     )
 
@@ -217,6 +218,7 @@ def _automatic_layout(
         gpus_per_node=trainer.n_gpus_per_node,
         memory_bytes_per_rank=int(share * machine.rank_bytes(trainer.n_gpus_per_node)),
         bytes_per_parameter=BytesPerParameter.of(weight=4 if megatron.dtype == "float32" else 2, trained=trained),
+        ep=megatron.expert_model_parallel_size,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from family_configs import FAMILY_CONFIGS
 
 from mrl.config.load import load_config
 from mrl.trainer.machine import choose_device
@@ -53,9 +56,22 @@ def test_layouts_left_open_are_chosen_and_as_many_engines_as_fit(run_dir):
     assert result.num_engines == 4
 
 
+def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILY_CONFIGS["qwen3_moe"]))
+    sizes = [f"{ACTOR}.megatron.{key}" for key in ("expert_model_parallel_size=4", "sequence_parallel=True")]
+    overrides = [f"actor_rollout_ref.model.path={tmp_path}", *sizes]
+    result = plan(run_dir, *overrides)
+    assert str(result.actor.layout) == "TP2 x PP2 x EP4 x DP2 + SP"
+    assert result.reference is not None
+    assert result.reference.layout == result.actor.layout
+    open_layout = [f"{ACTOR}.megatron.{axis}_model_parallel_size=null" for axis in ("tensor", "pipeline")]
+    assert plan(run_dir, *overrides, *open_layout, f"{ACTOR}.ppo_micro_batch_size_per_gpu=4").actor.layout.ep == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ([f"{ACTOR}.megatron.expert_model_parallel_size=2"], "actor.megatron: .* qwen2 models have no experts"),
         ([f"{ACTOR}.megatron.tensor_model_parallel_size=16"], "does not divide world size 8"),
         (["critic.megatron.pipeline_model_parallel_size=4"], "critic.megatron: .*4"),
         (["actor_rollout_ref.rollout.num_engines=5"], "need 10 ranks"),
