@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 from cli_jobs import Command, run_command
 
+from mrl.interfaces import CheckpointError
+from mrl.reshard.spec import load_spec
+from mrl.trainer.damage import verify_with_tensors
+from mrl.trainer.manifest import FileRecord, read_manifest
 from mrl.trainer.resume import list_checkpoints
 
 pytestmark = pytest.mark.e2e
@@ -70,9 +75,11 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `STEPS` steps that saves after each."""
     folder = tmp_path_factory.mktemp("unbroken")
-    exports = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"
-    own = [*FOUR_RANKS, f"trainer.total_training_steps={STEPS}", f"trainer.default_local_dir={folder / 'run'}", exports]
-    outcome = run_command([*COMMON, *own], folder)
+    actor = "actor_rollout_ref.actor.checkpoint"
+    # The critic saves synchronously, and so do the runs that are resumed.
+    contents = [f"{actor}.save_contents=[model,optimizer,extra,hf_model]", f"{actor}.async_save=True"]
+    own = [*FOUR_RANKS, f"trainer.total_training_steps={STEPS}", f"trainer.default_local_dir={folder / 'run'}"]
+    outcome = run_command([*COMMON, *own, *contents], folder)
     assert outcome.status == 0, outcome.output
     return folder / "run"
 
@@ -109,6 +116,50 @@ def test_a_run_resumed_in_another_layout_differs_by_rounding(unbroken, tmp_path)
         assert [s["response"] for s in samples(resumed, step)] == [s["response"] for s in samples(unbroken, step)]
 
 
+def test_damage_to_any_file_of_a_checkpoint_is_noticed(unbroken, tmp_path):
+    folder = tmp_path / "global_step_6"
+    shutil.copytree(unbroken / "checkpoints/global_step_6", folder)
+    manifest = read_manifest(folder)
+    records = manifest.files
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(folder)) for path in files} == {*records, "manifest.json"}
+    named = 0
+    for path in files:
+        data = path.read_bytes()
+        flipped = [
+            data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+            for at, bit in ((0, 1), (len(data) // 3, 16), (len(data) // 2, 2), (len(data) - 1, 128))
+        ]
+        for damaged in (*flipped, data[:-1], data + b" ", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            message = complaint_about(folder, path, records)
+            # White space around a manifest is harmless.
+            assert message or (path.name == "manifest.json" and read_manifest(folder) == manifest), path
+            named += message is not None and message.startswith("tensor ")
+        path.write_bytes(data)
+    assert named > len([path for path in files if path.suffix == ".distcp"])
+
+
+def complaint_about(folder: Path, path: Path, records: dict[str, FileRecord]) -> str | None:
+    try:
+        if path.name == "manifest.json":
+            read_manifest(folder)
+        else:
+            verify_with_tensors(folder, records, [str(path.relative_to(folder))])
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def test_each_role_carries_what_other_programs_need(unbroken):
+    checkpoint = unbroken / "checkpoints/global_step_6"
+    for role in ("actor", "critic"):
+        names = {path.name for path in (checkpoint / role / "huggingface").iterdir()}
+        assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+        spec = read_manifest(checkpoint).roles[role].spec
+        assert load_spec(checkpoint / role / "huggingface").to_json() == spec
+
+
 def test_a_model_is_exported_with_each_checkpoint(unbroken):
     assert len(list((unbroken / "checkpoints").glob("global_step_*/actor/huggingface/*.json"))) >= STEPS
     export = unbroken / f"checkpoints/global_step_{STEPS}/actor/huggingface"
@@ -117,7 +168,11 @@ def test_a_model_is_exported_with_each_checkpoint(unbroken):
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path):
-    own = ["trainer.max_critic_ckpt_to_keep=1", f"trainer.default_local_dir={tmp_path / 'run'}"]
+    own = [
+        "trainer.max_critic_ckpt_to_keep=1",
+        "critic.checkpoint.async_save=True",
+        f"trainer.default_local_dir={tmp_path / 'run'}",
+    ]
     arguments = [*COMMON, *TWO_RANKS, *own]
     root = tmp_path / "run/checkpoints"
     with Command([*arguments, "trainer.total_training_steps=500"], tmp_path / "first.txt") as command:

@@ -72,6 +72,20 @@ def test_the_key_table_is_up_to_date():
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",
             r"actor\.checkpoint\.save_contents = \['model', 'hf_model'\] lacks 'optimizer'",
         ),
+        (
+            "critic.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+            r"critic\.checkpoint\.save_contents = .* names 'hf_model', but a value head",
+        ),
+        (
+            "critic.checkpoint.load_contents=[optimizer,extra]",
+            r"critic\.checkpoint\.load_contents = \['optimizer', 'extra'\] lacks 'model'",
+        ),
+        (
+            "actor_rollout_ref.actor.checkpoint.load_contents=[model,hf_model]",
+            r"actor\.checkpoint\.load_contents = \['model', 'hf_model'\] names 'hf_model'.*model\.path",
+        ),
+        ("actor_rollout_ref.actor.checkpoint.strict=True", r"actor\.checkpoint\.strict: drop it"),
+        ("critic.checkpoint.mbridge_config.memory_efficient=True", r"mbridge_config\.memory_efficient: drop it"),
         ("trainer.critic_warmup=5 trainer.total_training_steps=5", r"critic_warmup = 5 leaves no step for the actor"),
         ("critic.optim.min_lr=1", r"critic\.optim\.min_lr = 1\.0 is above lr = 1e-05"),
         ("critic.optim.betas=[0.9,1.0]", r"critic\.optim\.betas = \[0\.9, 1\.0\] must lie in"),
@@ -83,6 +97,10 @@ def test_the_key_table_is_up_to_date():
         ("actor_rollout_ref.actor.clip_ratio_c=1", r"actor\.clip_ratio_c = 1\.0 must be greater than 1"),
         ("algorithm.lam=1.5", r"algorithm\.lam = 1\.5 must lie in \[0, 1\]"),
         ("critic.megatron.tensor_model_parallel_size=0", r"critic\.megatron\.tensor_model_parallel_size = 0 must be"),
+        (
+            "critic.megatron.use_dist_checkpointing=True",
+            r"critic\.megatron\.use_dist_checkpointing = True needs dist_checkpointing_path",
+        ),
         ("data.train_max_samples=0", r"data\.train_max_samples = 0 must be at least 1, or -1"),
         ("reward.timeout_s=0", r"reward\.timeout_s = 0\.0 must be greater than 0"),
         (
