@@ -67,6 +67,8 @@ class Sample:
     response_text: str = ""
     reward: float | None = None
     reward_info: dict[str, float] = field(default_factory=dict)
+    baseline: float | None = None
+    """Reward of the greedy response to the same prompt, where the advantages need it."""
 
 
 @dataclass(kw_only=True)

@@ -9,9 +9,40 @@ from mrl.config.actor import KLKind
 from mrl.config.checks import at_least, more_than, within
 from mrl.config.section import Section
 
-AdvEstimator = Literal["gae"]
-CRITIC_ESTIMATORS: frozenset[str] = frozenset({"gae"})
+AdvEstimator = Literal[
+    "gae",
+    "gpg",
+    "grpo",
+    "grpo_passk",
+    "grpo_vectorized",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+    "rloo_vectorized",
+]
+CRITIC_ESTIMATORS = frozenset[str]({"gae"})
 """The estimators that need a critic's values."""
+GREEDY_ESTIMATORS = frozenset[str]({"remax"})
+"""Those that need a greedy response to every prompt."""
+GROUP_ESTIMATORS = frozenset[str](
+    {
+        "gpg",
+        "grpo",
+        "grpo_passk",
+        "grpo_vectorized",
+        "opo",
+        "reinforce_plus_plus_baseline",
+        "rloo",
+        "rloo_vectorized",
+    }
+)
+"""Those that compare the responses to one prompt with each other."""
+DISCOUNTING_ESTIMATORS = frozenset[str]({"gae", "reinforce_plus_plus"})
+"""Those that read `gamma`."""
+SCALING_ESTIMATORS = frozenset[str]({"grpo", "grpo_passk", "grpo_vectorized"})
+"""Those that read `norm_adv_by_std_in_grpo`."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -38,11 +69,13 @@ class AlgorithmConfig(Section):
     """From rewards to advantages."""
 
     adv_estimator: AdvEstimator = "gae"
-    """Advantage estimator."""
+    """Advantage estimator; docs/algorithms.md has their formulas. Only gae has a critic."""
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount per token, of gae and reinforce_plus_plus."""
     lam: float = 1.0
     """GAE's trade of bias against variance."""
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide by the standard deviation of the prompt's rewards in grpo and grpo_passk; False is Dr. GRPO."""
     use_kl_in_reward: bool = False
     """Subtract a KL penalty against the reference from every token's reward."""
     kl_penalty: KLKind = "kl"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from mrl.config.actor import ActorConfig
+from mrl.config.algorithm import DISCOUNTING_ESTIMATORS, SCALING_ESTIMATORS
 from mrl.config.critic import CriticConfig
 from mrl.config.keys import default_values, flatten
 from mrl.config.optim import OptimConfig
@@ -138,6 +139,29 @@ _KL_RULES = (
         overrides_only=True,
     ),
 )
+_ESTIMATOR_RULES = (
+    _Rule(
+        keys=("critic.", "trainer.max_critic_ckpt_to_keep"),
+        when=lambda config: not config.needs_critic,
+        reason="advantages are made without values, so no critic is built; set algorithm.adv_estimator=gae",
+        overrides_only=True,
+    ),
+    _Rule(
+        keys=("algorithm.gamma",),
+        when=lambda config: config.algorithm.adv_estimator not in DISCOUNTING_ESTIMATORS,
+        reason="algorithm.adv_estimator does not discount; gae and reinforce_plus_plus do",
+    ),
+    _Rule(
+        keys=("algorithm.lam",),
+        when=lambda config: config.algorithm.adv_estimator != "gae",
+        reason="it is a setting of algorithm.adv_estimator=gae",
+    ),
+    _Rule(
+        keys=("algorithm.norm_adv_by_std_in_grpo",),
+        when=lambda config: config.algorithm.adv_estimator not in SCALING_ESTIMATORS,
+        reason="it is a setting of algorithm.adv_estimator=grpo and grpo_passk",
+    ),
+)
 _ROLLOUT_RULES = (
     _Rule(
         keys=(f"{_ROLLOUT}.calculate_log_probs",),
@@ -241,6 +265,7 @@ _PADDING_RULES = (
 )
 _RULES = (
     *_KL_RULES,
+    *_ESTIMATOR_RULES,
     *_PADDING_RULES,
     *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
     *_role_rules("critic", _critic, loss_scale_inherited=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mrl.config.actor import ActorConfig, RefConfig
-from mrl.config.algorithm import CRITIC_ESTIMATORS, AlgorithmConfig
+from mrl.config.algorithm import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, AlgorithmConfig
 from mrl.config.critic import CriticConfig
 from mrl.config.data import DataConfig
 from mrl.config.errors import ConfigError
@@ -61,6 +61,7 @@ class PPOConfig(Section):
         self._check_batch("actor_rollout_ref.actor", self.actor_rollout_ref.actor)
         if self.needs_critic:
             self._check_batch("critic", self.critic)
+        self._check_estimator()
         self._check_lengths()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:
@@ -88,6 +89,20 @@ class PPOConfig(Section):
                     f"{path}.{key} = {micro_batch} does not divide a mini-batch of {mini_batch * n} samples "
                     f"(ppo_mini_batch_size {mini_batch} x rollout.n {n})"
                 )
+
+    def _check_estimator(self) -> None:
+        estimator, n = self.algorithm.adv_estimator, self.actor_rollout_ref.rollout.n
+        if estimator in GROUP_ESTIMATORS and n < 2:
+            raise ConfigError(
+                f"algorithm.adv_estimator = {estimator} compares the responses to a prompt with each other, but "
+                f"actor_rollout_ref.rollout.n = {n}; set it to at least 2, or take reinforce_plus_plus, remax or gae"
+            )
+        warmup = self.trainer.critic_warmup
+        if warmup and not self.needs_critic:
+            raise ConfigError(
+                f"trainer.critic_warmup = {warmup}, but algorithm.adv_estimator = {estimator} has no critic: those "
+                "steps would train nothing; set it to 0"
+            )
 
     def _check_lengths(self) -> None:
         rollout = self.actor_rollout_ref.rollout

@@ -26,12 +26,18 @@ class AdvantageStage:
     """Estimator of the KL to the reference."""
     kl_controller: KLController | None
     """Weight of the KL penalty in the rewards; None subtracts none."""
+    n_samples_per_prompt: int
+    """Samples side by side that are one prompt's."""
 
     def compute(self, batch: TrainBatch, samples: Sequence[Sample]) -> tuple[TrainBatch, Metrics]:
         """`batch` with rewards, advantages and returns set; its log-probs and, with a critic, values are set."""
         rewards, metrics = self._token_rewards(batch, samples)
         inputs = AdvantageInputs(
-            rewards=rewards, loss_mask=batch.loss_mask, groups=group_numbers(samples), values=batch.values
+            rewards=rewards,
+            loss_mask=batch.loss_mask,
+            groups=group_numbers(samples, self.n_samples_per_prompt),
+            values=batch.values,
+            baselines=_baselines(samples),
         )
         advantages, returns = self.estimator(inputs)
         mask = batch.loss_mask
@@ -65,7 +71,18 @@ class AdvantageStage:
         return rewards, {**metrics, "actor/reward_kl": current_kl, "actor/reward_kl_coef": kl_coef}
 
 
-def group_numbers(samples: Sequence[Sample]) -> Tensor:
-    """[B] int64: equal for samples of one prompt, numbered in order of appearance."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(sample.prompt.uid, len(numbers)) for sample in samples])
+def group_numbers(samples: Sequence[Sample], n_samples_per_prompt: int) -> Tensor:
+    """[B] int64: equal for the samples of one prompt, which are side by side.
+
+    Not by `Prompt.uid`: a step that draws further prompts can cross into the next epoch and meet a prompt again.
+    """
+    uids = [sample.prompt.uid for sample in samples]
+    groups = [uids[first : first + n_samples_per_prompt] for first in range(0, len(uids), n_samples_per_prompt)]
+    assert all(len(set(group)) == 1 and len(group) == n_samples_per_prompt for group in groups), "groups are mixed up"
+    return torch.arange(len(groups)).repeat_interleave(n_samples_per_prompt)
+
+
+def _baselines(samples: Sequence[Sample]) -> Tensor | None:
+    """[B] float32, the greedy responses' rewards where they were generated."""
+    baselines = [sample.baseline for sample in samples if sample.baseline is not None]
+    return torch.tensor(baselines, dtype=torch.float32) if len(baselines) == len(samples) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mrl.algorithms.estimators import build_estimator
+from mrl.algorithms.estimators import EstimatorSettings, build_estimator
 from mrl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
 from mrl.config.algorithm import KLCtrlConfig
@@ -78,8 +78,12 @@ def value_objective(config: PPOConfig) -> ValueObjective:
 def advantage_stage(config: PPOConfig) -> AdvantageStage:
     """From scores to advantages."""
     algorithm = config.algorithm
+    settings = EstimatorSettings(
+        gamma=algorithm.gamma, lam=algorithm.lam, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo
+    )
     return AdvantageStage(
-        estimator=build_estimator(algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam),
+        estimator=build_estimator(algorithm.adv_estimator, settings),
+        n_samples_per_prompt=config.actor_rollout_ref.rollout.n,
         kl_penalty=algorithm.kl_penalty,
         kl_controller=_kl_controller(algorithm.kl_ctrl) if algorithm.use_kl_in_reward else None,
     )

@@ -140,7 +140,7 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
         reference=ReferenceRole(engine=reference, micro_batch_size=4),
         advantages=AdvantageStage(
-            estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl",
+            estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl", n_samples_per_prompt=1,
             kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
         ),
         pad_token_id=0,

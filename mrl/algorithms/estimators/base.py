@@ -20,6 +20,8 @@ class AdvantageInputs:
     """[B] int64; the samples of one prompt share a number."""
     values: Tensor | None = None
     """[B, T] float32, the critic's before this step's updates; None without a critic."""
+    baselines: Tensor | None = None
+    """[B] float32, the score of the greedy response to each sample's prompt; None where none was generated."""
 
 
 class Advantages(NamedTuple):

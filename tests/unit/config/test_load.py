@@ -209,7 +209,7 @@ def test_plus_signs_neither_refuse_known_keys_nor_admit_unknown_ones(prefix):
         ("actor_rollout_ref.actor.optim.betas=[0.9]", r"actor\.optim\.betas = .* must be a list of a number, a number"),
         ("trainer.logger=[console,wandb]", r"trainer\.logger\[1\] = 'wandb' must be one of 'console', 'tensorboard'"),
         ("actor_rollout_ref.rollout.name=vllm", r"rollout\.name = 'vllm' must be one of 'sglang'"),
-        ("algorithm.adv_estimator=grpo", r"algorithm\.adv_estimator = 'grpo' must be one of 'gae'"),
+        ("algorithm.adv_estimator=grop", r"algorithm\.adv_estimator = 'grop' must be one of 'gae'"),
         ("algorithm.kl_penalty=k4", r"algorithm\.kl_penalty = 'k4' must be one of 'kl', 'k1'"),
         ("algorithm.kl_ctrl=3", r"algorithm\.kl_ctrl = 3 is a section"),
         ("actor_rollout_ref.rollout.engine_kwargs.sglang=3", r"engine_kwargs\.sglang = 3 must be a mapping"),

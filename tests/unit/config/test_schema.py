@@ -49,6 +49,12 @@ def test_the_key_table_is_up_to_date():
         ("data.train_batch_size=32", r"ppo_mini_batch_size = 256 is larger than data\.train_batch_size = 32"),
         ("data.train_batch_size=300", r"ppo_mini_batch_size = 256 does not divide data\.train_batch_size = 300"),
         ("critic.ppo_mini_batch_size=300", r"critic\.ppo_mini_batch_size = 300 does not divide"),
+        ("algorithm.adv_estimator=grpo", r"adv_estimator = grpo compares .*rollout\.n = 1; set it to at least 2"),
+        ("algorithm.adv_estimator=rloo_vectorized", r"adv_estimator = rloo_vectorized compares"),
+        (
+            "algorithm.adv_estimator=remax trainer.critic_warmup=3",
+            r"trainer\.critic_warmup = 3, but algorithm\.adv_estimator = remax has no critic",
+        ),
         ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", r"= 3 does not divide a mini-batch of 256 samples"),
         ("critic.ppo_micro_batch_size=3", r"critic\.ppo_micro_batch_size = 3 does not divide a mini-batch"),
         (

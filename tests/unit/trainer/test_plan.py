@@ -40,6 +40,14 @@ def test_without_a_kl_term_there_is_no_reference(run_dir):
     assert plan(run_dir, "algorithm.use_kl_in_reward=False").reference is None
 
 
+def test_advantages_without_values_plan_no_critic(run_dir):
+    result = plan(
+        run_dir, "algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=4", "critic.model.path=/nowhere"
+    )
+    assert result.critic is result.critic_schedule is result.critic_record is None
+    assert ("critic", "none: advantages need no values") in result.rows()
+
+
 def test_sizes_are_of_samples_per_rank(run_dir):
     result = plan(run_dir, "actor_rollout_ref.rollout.n=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8")
     schedule = result.actor_schedule
