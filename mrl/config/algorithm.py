@@ -65,6 +65,22 @@ class KLCtrlConfig(Section):
 
 
 @dataclass(kw_only=True, frozen=True)
+class FilterGroupsConfig(Section):
+    """DAPO's dynamic sampling: further prompts in place of those whose responses all score the same."""
+
+    enable: bool = False
+    """Fill each step with prompts whose responses differ."""
+    metric: str = "reward"
+    """What has to differ: reward; acc or score, which is the reward before DAPO's penalty on long responses; or another
+    number that the reward function returns."""
+    max_num_gen_batches: int = 0
+    """Generation batches in which a step has to be filled, or the run ends; 0 is no limit."""
+
+    def check(self) -> None:
+        at_least(self, 0, "max_num_gen_batches")
+
+
+@dataclass(kw_only=True, frozen=True)
 class AlgorithmConfig(Section):
     """From rewards to advantages."""
 
@@ -76,6 +92,8 @@ class AlgorithmConfig(Section):
     """GAE's trade of bias against variance."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the standard deviation of the prompt's rewards in grpo and grpo_passk; False is Dr. GRPO."""
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    """DAPO's dynamic sampling."""
     use_kl_in_reward: bool = False
     """Subtract a KL penalty against the reference from every token's reward."""
     kl_penalty: KLKind = "kl"

@@ -22,6 +22,13 @@ ALIASES = {
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",
     "reward_model.num_workers": "reward.num_workers",
+    "reward_model.reward_manager": "reward.reward_manager.name",
+    "reward_model.reward_kwargs.max_resp_len": "reward.reward_kwargs.max_resp_len",
+    **{
+        f"reward_model.{old}.{name}": f"reward.reward_kwargs.overlong_buffer_cfg.{name}"
+        for old in ("overlong_buffer", "reward_kwargs.overlong_buffer_cfg")
+        for name in ("enable", "len", "penalty_factor", "log")
+    },
 }
 """Accepted and mapped, with one logged line."""
 
@@ -61,6 +68,9 @@ ADVICE = {
         }.items()
     },
     "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
+    "algorithm.filter_groups.max_inflight_gen_batches": (
+        "drop it: generation batches of data.gen_batch_size prompts run one after the other"
+    ),
 }
 """Keys that verl has or had and that are refused, with what to do instead."""
 

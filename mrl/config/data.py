@@ -34,6 +34,8 @@ class DataConfig(Section):
     """Longest response in tokens."""
     train_batch_size: int = 1024
     """Prompts per step, over all ranks."""
+    gen_batch_size: int | None = None
+    """Prompts generated at a time with `algorithm.filter_groups.enable`; null is `train_batch_size`."""
     val_batch_size: int | None = None
     """Prompts per validation round; null is the whole validation set at once."""
     shuffle: bool = True
@@ -50,7 +52,8 @@ class DataConfig(Section):
     """Arguments for the tokenizer's chat template, such as `enable_thinking`."""
 
     def check(self) -> None:
-        at_least(self, 1, "max_prompt_length", "max_response_length", "train_batch_size", "val_batch_size")
+        at_least(self, 1, "max_prompt_length", "max_response_length", "train_batch_size", "gen_batch_size")
+        at_least(self, 1, "val_batch_size")
         positive_or_unset(self, "train_max_samples", "val_max_samples")
         if not self.train_files:
             raise ConfigError("train_files is empty; name at least one parquet file")

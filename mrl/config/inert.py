@@ -161,6 +161,23 @@ _ESTIMATOR_RULES = (
         when=lambda config: config.algorithm.adv_estimator not in SCALING_ESTIMATORS,
         reason="it is a setting of algorithm.adv_estimator=grpo and grpo_passk",
     ),
+    _Rule(
+        keys=("algorithm.filter_groups.metric", "algorithm.filter_groups.max_num_gen_batches", "data.gen_batch_size"),
+        when=lambda config: not config.algorithm.filter_groups.enable,
+        reason="every prompt is kept, so a step generates data.train_batch_size prompts at once; set "
+        "algorithm.filter_groups.enable=True",
+    ),
+    _Rule(
+        keys=("reward.reward_kwargs.",),
+        when=lambda config: not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
+        reason="long responses are not penalised; set reward.reward_kwargs.overlong_buffer_cfg.enable=True",
+    ),
+    _Rule(
+        keys=("reward.reward_manager.name",),
+        when=lambda config: True,
+        reason="there is one way of calling reward functions; reward.reward_kwargs.overlong_buffer_cfg.enable alone "
+        "turns DAPO's penalty on",
+    ),
 )
 _ROLLOUT_RULES = (
     _Rule(

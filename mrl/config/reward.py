@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mrl.config.checks import at_least, more_than
 from mrl.config.frozen import FrozenDict
+from mrl.config.reward_shaping import RewardKwargsConfig, RewardManagerConfig
 from mrl.config.section import Section
 
 
@@ -29,6 +30,10 @@ class RewardConfig(Section):
 
     custom_reward_function: CustomRewardFunctionConfig = field(default_factory=CustomRewardFunctionConfig)
     """A reward function from a file."""
+    reward_manager: RewardManagerConfig = field(default_factory=RewardManagerConfig)
+    """verl's choice of the code that calls reward functions."""
+    reward_kwargs: RewardKwargsConfig = field(default_factory=RewardKwargsConfig)
+    """Settings of verl's `dapo` reward manager."""
     num_workers: int = 8
     """Samples scored at the same time."""
     timeout_s: float = 60.0

@@ -57,11 +57,19 @@ class PPOConfig(Section):
         """Whether advantages are made from values; without a critic none is built."""
         return self.algorithm.adv_estimator in CRITIC_ESTIMATORS
 
+    @property
+    def gen_batch_size(self) -> int:
+        """Prompts drawn and generated at a time."""
+        filtered = self.algorithm.filter_groups.enable
+        return (filtered and self.data.gen_batch_size) or self.data.train_batch_size
+
     def check(self) -> None:
         self._check_batch("actor_rollout_ref.actor", self.actor_rollout_ref.actor)
         if self.needs_critic:
             self._check_batch("critic", self.critic)
         self._check_estimator()
+        self._check_filter_groups()
+        self._check_overlong()
         self._check_lengths()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:
@@ -102,6 +110,39 @@ class PPOConfig(Section):
             raise ConfigError(
                 f"trainer.critic_warmup = {warmup}, but algorithm.adv_estimator = {estimator} has no critic: those "
                 "steps would train nothing; set it to 0"
+            )
+
+    def _check_filter_groups(self) -> None:
+        settings, n = self.algorithm.filter_groups, self.actor_rollout_ref.rollout.n
+        if not settings.enable:
+            return
+        if n < 2:
+            raise ConfigError(
+                f"algorithm.filter_groups.enable needs responses to compare, but actor_rollout_ref.rollout.n = {n}; "
+                "set it to at least 2"
+            )
+        if settings.metric == "seq_final_reward" and self.algorithm.use_kl_in_reward:
+            raise ConfigError(
+                "algorithm.filter_groups.metric = seq_final_reward is known only after the KL penalty, too late to "
+                "replace a prompt; set it to reward, or algorithm.use_kl_in_reward=False"
+            )
+        most, needed = settings.max_num_gen_batches * self.gen_batch_size, self.data.train_batch_size
+        if 0 < most < needed:
+            raise ConfigError(
+                f"algorithm.filter_groups.max_num_gen_batches = {settings.max_num_gen_batches} batches of "
+                f"{self.gen_batch_size} prompts can never fill data.train_batch_size = {needed}; raise it or "
+                "data.gen_batch_size"
+            )
+
+    def _check_overlong(self) -> None:
+        settings, limit = self.reward.reward_kwargs, self.data.max_response_length
+        if not settings.overlong_buffer_cfg.enable:
+            return
+        max_resp_len, buffer_len = settings.max_resp_len or limit, settings.overlong_buffer_cfg.len
+        if not buffer_len <= max_resp_len <= limit:
+            raise ConfigError(
+                f"reward.reward_kwargs: overlong_buffer_cfg.len = {buffer_len}, max_resp_len = {max_resp_len} and "
+                f"data.max_response_length = {limit} must not decrease in this order"
             )
 
     def _check_lengths(self) -> None:

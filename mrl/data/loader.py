@@ -25,7 +25,8 @@ class PromptLoader:
         if not 0 < batch_size <= len(prompts):
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the number of prompts, {len(prompts)}; "
-                "lower data.train_batch_size or add data (over-long prompts may have been filtered)"
+                "lower data.train_batch_size (or data.gen_batch_size), or add data (over-long prompts may have been "
+                "filtered)"
             )
         self._prompts = prompts
         self._batch_size = batch_size

@@ -39,7 +39,10 @@ from mrl.trainer.schedules import updates_per_step
 from mrl.trainer.scoring import Scorer
 from mrl.trainer.settings import (
     advantage_stage,
+    baseline_sampling,
+    group_filter,
     loop_settings,
+    overlong_penalty,
     policy_objective,
     train_sampling,
     val_sampling,
@@ -110,6 +113,10 @@ class _Builder:
                 scorer=scorer,
                 sampling=train_sampling(config, inputs.eos_token_ids),
                 n_samples_per_prompt=config.actor_rollout_ref.rollout.n,
+                n_prompts=config.data.train_batch_size,
+                group_filter=group_filter(config),
+                overlong_penalty=overlong_penalty(config),
+                baseline_sampling=baseline_sampling(config, inputs.eos_token_ids),
             ),
             phases=PhaseSwitch(
                 rollout=rollout,

@@ -47,14 +47,16 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     return RunInputs(
         tokenizer=tokenizer,
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
-        prompts=PromptLoader(train.prompts, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed),
+        prompts=PromptLoader(train.prompts, batch_size=config.gen_batch_size, shuffle=data.shuffle, seed=seed),
         val=val,
     )
 
 
 def count_steps(config: PPOConfig, loader: PromptLoader) -> int:
-    """PPO steps of the run."""
-    return config.trainer.total_training_steps or config.trainer.total_epochs * loader.batches_per_epoch
+    """PPO steps of the run. Those of `total_epochs` are counted as if dynamic sampling kept every prompt."""
+    trainer = config.trainer
+    prompts = trainer.total_epochs * loader.batches_per_epoch * config.gen_batch_size
+    return trainer.total_training_steps or max(1, prompts // config.data.train_batch_size)
 
 
 def _load(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mrl.algorithms.estimators import EstimatorSettings, build_estimator
 from mrl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
-from mrl.config.algorithm import KLCtrlConfig
+from mrl.config.algorithm import GREEDY_ESTIMATORS, KLCtrlConfig
 from mrl.config.schema import PPOConfig
+from mrl.rewards.overlong import OverlongPenalty
 from mrl.trainer.advantages import AdvantageStage
+from mrl.trainer.group_filter import GroupFilter
 from mrl.trainer.ppo import LoopSettings
 from mrl.types import SamplingParams
 
@@ -35,6 +39,13 @@ def train_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> Samplin
         stop_token_ids=eos_token_ids,
         ignore_eos=rollout.ignore_eos,
     )
+
+
+def baseline_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams | None:
+    """How the greedy response to each prompt is drawn, where the advantages need it."""
+    if config.algorithm.adv_estimator not in GREEDY_ESTIMATORS:
+        return None
+    return replace(train_sampling(config, eos_token_ids), temperature=0.0, top_p=1.0, top_k=-1)
 
 
 def val_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams:
@@ -72,6 +83,28 @@ def value_objective(config: PPOConfig) -> ValueObjective:
         cliprange_value=critic.cliprange_value,
         loss_agg_mode=critic.loss_agg_mode,
         loss_scale_factor=critic.loss_scale_factor or config.data.max_response_length,
+    )
+
+
+def group_filter(config: PPOConfig) -> GroupFilter | None:
+    """Which prompts a step keeps, where not all of them."""
+    settings = config.algorithm.filter_groups
+    if not settings.enable:
+        return None
+    return GroupFilter(metric=settings.metric, max_num_gen_batches=settings.max_num_gen_batches)
+
+
+def overlong_penalty(config: PPOConfig) -> OverlongPenalty | None:
+    """The penalty on long responses, if there is one."""
+    settings = config.reward.reward_kwargs
+    buffer = settings.overlong_buffer_cfg
+    if not buffer.enable:
+        return None
+    return OverlongPenalty(
+        max_resp_len=settings.max_resp_len or config.data.max_response_length,
+        buffer_len=buffer.len,
+        penalty_factor=buffer.penalty_factor,
+        log=buffer.log,
     )
 
 

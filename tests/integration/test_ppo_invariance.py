@@ -131,6 +131,7 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         collector=SampleCollector(
             prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0),
             rollout=rollout, scorer=scorer, sampling=sampling, n_samples_per_prompt=1,
+            n_prompts=NUM_PROMPTS,
         ),
         phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
         actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(

@@ -51,6 +51,30 @@ def test_the_key_table_is_up_to_date():
         ("critic.ppo_mini_batch_size=300", r"critic\.ppo_mini_batch_size = 300 does not divide"),
         ("algorithm.adv_estimator=grpo", r"adv_estimator = grpo compares .*rollout\.n = 1; set it to at least 2"),
         ("algorithm.adv_estimator=rloo_vectorized", r"adv_estimator = rloo_vectorized compares"),
+        ("algorithm.filter_groups.enable=True", r"filter_groups\.enable needs responses to compare, .*rollout\.n = 1"),
+        (
+            "algorithm.filter_groups.enable=True actor_rollout_ref.rollout.n=2 algorithm.use_kl_in_reward=True "
+            "algorithm.filter_groups.metric=seq_final_reward",
+            r"seq_final_reward is known only after the KL penalty",
+        ),
+        (
+            "algorithm.filter_groups.enable=True actor_rollout_ref.rollout.n=2 data.gen_batch_size=256 "
+            "algorithm.filter_groups.max_num_gen_batches=3",
+            r"max_num_gen_batches = 3 batches of 256 prompts can never fill data\.train_batch_size = 1024",
+        ),
+        (
+            "reward.reward_kwargs.overlong_buffer_cfg={enable:True,len:600,penalty_factor:1.0}",
+            r"overlong_buffer_cfg\.len = 600, max_resp_len = 512 and data\.max_response_length = 512",
+        ),
+        (
+            "reward.reward_kwargs.overlong_buffer_cfg={enable:True,len:4,penalty_factor:1.0} "
+            "reward.reward_kwargs.max_resp_len=600",
+            r"max_resp_len = 600 and data\.max_response_length = 512",
+        ),
+        (
+            "reward.reward_kwargs.overlong_buffer_cfg.enable=True",
+            r"len = 0 and penalty_factor = 0 must be positive",
+        ),
         (
             "algorithm.adv_estimator=remax trainer.critic_warmup=3",
             r"trainer\.critic_warmup = 3, but algorithm\.adv_estimator = remax has no critic",

@@ -18,7 +18,9 @@ from mrl.config.algorithm import (
     AdvEstimator,
 )
 from mrl.config.load import load_config
-from mrl.trainer.settings import advantage_stage
+from mrl.rewards.overlong import OverlongPenalty
+from mrl.trainer.group_filter import GroupFilter
+from mrl.trainer.settings import advantage_stage, baseline_sampling, group_filter, overlong_penalty
 
 
 def test_the_configuration_offers_exactly_the_estimators_there_are():
@@ -41,3 +43,29 @@ def test_an_estimator_gets_its_settings(overrides, expected):
     stage = advantage_stage(load_config([*overrides, "actor_rollout_ref.rollout.n=3"]))
     assert stage.estimator == expected
     assert stage.n_samples_per_prompt == 3
+
+
+def test_only_remax_has_a_greedy_response_drawn():
+    assert baseline_sampling(load_config([]), (2,)) is None
+    config = load_config(["algorithm.adv_estimator=remax", "actor_rollout_ref.rollout.top_p=0.5"])
+    sampling = baseline_sampling(config, (2,))
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop_token_ids) == (0, 1, 512, (2,))
+
+
+def test_dynamic_sampling_and_the_penalty_on_length_take_verls_keys():
+    config = load_config([])
+    assert group_filter(config) is overlong_penalty(config) is None
+    config = load_config(
+        [
+            "actor_rollout_ref.rollout.n=2",
+            "algorithm.filter_groups={enable:True,metric:acc,max_num_gen_batches:10}",
+            "data.gen_batch_size=1536",
+            "reward.reward_manager.name=dapo",
+            "+reward.reward_kwargs.overlong_buffer_cfg.enable=True",
+            "+reward.reward_kwargs.overlong_buffer_cfg.len=64",
+            "reward_model.overlong_buffer.penalty_factor=0.5",
+        ]
+    )
+    assert group_filter(config) == GroupFilter(metric="acc", max_num_gen_batches=10)
+    assert config.gen_batch_size == 1536
+    assert overlong_penalty(config) == OverlongPenalty(max_resp_len=512, buffer_len=64, penalty_factor=0.5, log=False)
