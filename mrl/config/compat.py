@@ -43,6 +43,7 @@ ADVICE = {
     "actor_rollout_ref.actor.optim.warmup_style": "set actor_rollout_ref.actor.optim.lr_decay_style",
     "critic.optim.warmup_style": "set critic.optim.lr_decay_style",
     "actor_rollout_ref.actor.data_loader_seed": "set trainer.seed",
+    "critic.enable": "drop it: a critic is built where algorithm.adv_estimator needs one, as gae does",
     "critic.kl_ctrl.kl_coef": "set algorithm.kl_ctrl.kl_coef",
     "actor_rollout_ref.rollout.do_sample": "set actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.val_kwargs.do_sample": (
