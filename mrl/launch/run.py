@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from contextlib import nullcontext
 from functools import cache, partial
 
 from mrl.config.inert import find_inert_on_cpu
@@ -17,8 +18,9 @@ from mrl.launch.fork import RankFailure, run_ranks
 from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
-from mrl.trainer.plan import RunPlan, plan_run
+from mrl.trainer.plan import RunPlan, plan_run, run_folder
 from mrl.trainer.resume import set_aside_history
+from mrl.trainer.run_folder import claim_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,9 @@ def launch(config: PPOConfig) -> int:
     _prepare_process()
     try:
         launcher = detect_launcher(config.trainer.launcher, os.environ)
-        if launcher == "local":
-            return _launch_local(config)
-        return _launch_rank(config, read_environment(launcher, os.environ))
+        env = None if launcher == "local" else read_environment(launcher, os.environ)
+        with claim_run_folder(run_folder(config)) if env is None or env.rank == 0 else nullcontext():
+            return _launch_local(config) if env is None else _launch_rank(config, env)
     except USER_ERRORS as error:
         logger.error("%s", error)
         return 1
@@ -113,6 +115,5 @@ def _announce(config: PPOConfig, plan: RunPlan) -> None:
     if plan.device == "cpu" and config.trainer.device == "auto":
         for line in find_inert_on_cpu(config):
             logger.warning(line)
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
     set_aside_history(plan.run_dir, plan.resume)
     save_config(config, plan.run_dir / "config.yaml")

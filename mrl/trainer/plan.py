@@ -100,7 +100,7 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         ValueError: a path that does not exist, a layout or size that does not fit; says what to change.
     """
     machine = machine or find_machine(config.trainer.device)
-    run_dir = Path(config.trainer.default_local_dir).expanduser().absolute()
+    run_dir = run_folder(config)
     shared = config.actor_rollout_ref
     files = _Files(run_dir / "embedded")
     actor_path = files.model(shared.model.path)
@@ -141,6 +141,11 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         tokenizer_path=tokenizer_path,
         resume=find_resume_point(trainer.resume_mode, run_dir, trainer.resume_from_path, current),
     )
+
+
+def run_folder(config: PPOConfig) -> Path:
+    """Where the run's outputs are."""
+    return Path(config.trainer.default_local_dir).expanduser().absolute()
 
 
 class _Files:
