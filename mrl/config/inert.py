@@ -231,7 +231,12 @@ _RUN_RULES = (
     _Rule(
         keys=("reward.custom_reward_function.name", "reward.custom_reward_function.reward_kwargs"),
         when=lambda config: config.reward.custom_reward_function.path is None,
-        reason="reward.custom_reward_function.path is null, so rule-based rewards are used",
+        reason="reward.custom_reward_function.path is null, so it names no function",
+    ),
+    _Rule(
+        keys=("reward.verifiers",),
+        when=lambda config: all(part.path or part.verifier for part in config.reward.parts.values()),
+        reason="no reward is left to the verifier of each sample's data source",
     ),
     _Rule(
         keys=("trainer.default_hdfs_dir",),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mrl.config.checks import at_least, more_than
+from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict
 from mrl.config.reward_shaping import RewardKwargsConfig, RewardManagerConfig
-from mrl.config.section import Section
+from mrl.config.section import Section, field_types
+
+OnFailure = Literal["zero", "raise"]
+Verifier = Literal["embedded", "exact_match", "gsm8k", "json_schema", "math_verify", "reasoning_gym"]
+
+_RESERVED_NAMES = ("mean", "min", "max", "failed", "overlong", "overlong_reward")
+"""`reward/<name>` of these is something else."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -25,6 +34,34 @@ class CustomRewardFunctionConfig(Section):
 
 
 @dataclass(kw_only=True, frozen=True)
+class RewardFunctionConfig(Section):
+    """One of several weighted rewards: the value of an entry of `reward.functions`."""
+
+    path: str | None = None
+    """Python file; null takes a built-in verifier."""
+    name: str = "compute_score"
+    """Function in that file."""
+    verifier: Verifier | None = None
+    """Built-in verifier for all samples; null takes that of each sample's data source."""
+    reward_kwargs: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Keyword arguments added to every call."""
+    weight: float = 1.0
+    """Factor of the score in the sum."""
+    timeout_s: float | None = None
+    """Longest time for one sample, in seconds; null is `reward.timeout_s`."""
+    on_failure: OnFailure | None = None
+    """What a sample that cannot be scored costs; null is `reward.on_failure`."""
+
+    def check(self) -> None:
+        more_than(self, 0, "timeout_s")
+        _check_finite(self, "weight")
+        if self.path is not None and self.verifier is not None:
+            raise ConfigError(f"path = {self.path} and verifier = {self.verifier} are both set; keep one")
+        if self.path is None and self.name != "compute_score":
+            raise ConfigError(f"name = {self.name} is a function of a file, but path is null; set it, or drop name")
+
+
+@dataclass(kw_only=True, frozen=True)
 class RewardConfig(Section):
     """How samples are scored."""
 
@@ -34,13 +71,62 @@ class RewardConfig(Section):
     """verl's choice of the code that calls reward functions."""
     reward_kwargs: RewardKwargsConfig = field(default_factory=RewardKwargsConfig)
     """Settings of verl's `dapo` reward manager."""
+    functions: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Several rewards, by name, in place of the one: each is logged as `reward/<name>`, and a sample's reward is the
+    sum of their scores times `weight` (1.0). An entry has `path` and `name` (compute_score) of a function, or a
+    `verifier` for all samples, or none of them for the verifier of each sample's data source; and `reward_kwargs`,
+    `timeout_s`, `on_failure`."""
+    verifiers: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Built-in verifier by data source (shell patterns such as `math_*` too): embedded, exact_match, gsm8k,
+    json_schema, math_verify or reasoning_gym, or a mapping with its `name` and its arguments."""
     num_workers: int = 8
-    """Samples scored at the same time."""
+    """Samples scored at the same time; several functions share them."""
     timeout_s: float = 60.0
     """Longest time for one sample, in seconds; a slower one counts as a failure."""
-    on_failure: Literal["raise", "zero"] = "raise"
-    """A sample whose scoring fails, hangs or gives no finite number ends the run, or scores 0 (`reward/failed`)."""
+    on_failure: OnFailure = "zero"
+    """A sample whose scoring fails, hangs or gives no finite number scores 0 (`reward/failed`), or ends the run."""
+
+    @property
+    def parts(self) -> Mapping[str, RewardFunctionConfig]:
+        """The functions that score, by name; one alone that needs none has an empty name."""
+        if self.functions:
+            return {name: _build_function(name, values) for name, values in self.functions.items()}
+        custom = self.custom_reward_function
+        if custom.path is None:
+            return {"": RewardFunctionConfig()}
+        return {"": RewardFunctionConfig(path=custom.path, name=custom.name, reward_kwargs=custom.reward_kwargs)}
 
     def check(self) -> None:
         at_least(self, 1, "num_workers")
         more_than(self, 0, "timeout_s")
+        if self.functions and self.custom_reward_function.path is not None:
+            raise ConfigError(
+                f"custom_reward_function.path = {self.custom_reward_function.path} and functions = "
+                f"{', '.join(self.functions)} are both set; move the function into reward.functions"
+            )
+        if not any(part.weight for part in self.parts.values()):
+            raise ConfigError("functions: every weight is 0, so every reward would be; set one to another number")
+
+
+def _build_function(name: str, values: Any) -> RewardFunctionConfig:
+    if not re.fullmatch(r"[\w.-]+", name) or name in _RESERVED_NAMES:
+        raise ConfigError(
+            f"functions: {name!r} cannot name a reward; use letters, digits, '_', '-' and '.', and none of "
+            f"{', '.join(_RESERVED_NAMES)}, which are logged already"
+        )
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"functions.{name} = {values!r} is a section; set the keys inside it")
+    known = field_types(RewardFunctionConfig)
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ConfigError(f"functions.{name}.{unknown[0]} does not exist; there are {', '.join(known)}")
+    try:
+        return RewardFunctionConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"functions.{name}.{error}") from None
+
+
+def _check_finite(section: Section, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(getattr(section, name)):
+            raise ConfigError(f"{name} = {getattr(section, name)} must be a finite number")

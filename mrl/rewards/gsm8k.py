@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
+
+from mrl.rewards import math_answers
 
 DATA_SOURCE = "openai/gsm8k"
 MARKER = "####"
 """Stands before the final answer, in the data set's solutions and in the responses it asks for."""
 
-_TIME_LIMIT_S = 10
-"""Past this, math-verify takes a response for unparsable: a model's odd output must not end the run."""
+_METHODS = ("strict", "flexible")
 _DECORATION = str.maketrans("", "", ",$% ")
 
 
@@ -41,12 +43,23 @@ def compute_score(
     expected = _parse_number(str(ground_truth))
     if expected is None:
         raise ValueError(f"ground_truth {ground_truth!r} of {data_source} is not a number")
-    if gsm8k_method == "strict":
-        answer = extract_marked_answer(solution_str)
-        return float(answer is not None and _parse_number(answer) == expected)
+    check_arguments({"gsm8k_method": gsm8k_method})
     if gsm8k_method == "flexible":
-        return float(_verify_anywhere(solution_str, expected))
-    raise ValueError(f"gsm8k_method = {gsm8k_method!r} must be 'strict' or 'flexible'")
+        return float(math_answers.is_equal(solution_str, f"{expected:f}"))
+    answer = extract_marked_answer(solution_str)
+    return float(answer is not None and _parse_number(answer) == expected)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if the method is unknown."""
+    method = arguments.get("gsm8k_method", "strict")
+    if method not in _METHODS:
+        raise ValueError(f"gsm8k_method = {method!r} must be {' or '.join(map(repr, _METHODS))}")
+
+
+def library(arguments: Mapping[str, Any]) -> str | None:
+    """The library that scoring with these arguments imports."""
+    return math_answers.LIBRARY if arguments.get("gsm8k_method") == "flexible" else None
 
 
 def _parse_number(text: str) -> Decimal | None:
@@ -55,11 +68,3 @@ def _parse_number(text: str) -> Decimal | None:
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
-
-
-def _verify_anywhere(solution: str, expected: Decimal) -> bool:
-    import math_verify  # three seconds of sympy, which the strict method does without
-
-    answer = math_verify.parse(solution, parsing_timeout=_TIME_LIMIT_S)
-    gold = math_verify.parse(f"${expected:f}$", parsing_timeout=_TIME_LIMIT_S)
-    return math_verify.verify(gold, answer, timeout_seconds=_TIME_LIMIT_S)

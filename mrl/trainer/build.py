@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,15 +14,12 @@ import torch.distributed as dist
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
-from mrl.config.frozen import thaw
-from mrl.config.reward import RewardConfig
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
 from mrl.observability.console import setup_logging
 from mrl.observability.memory import device_memory_in_use_gib
 from mrl.observability.trackers import TrackerList, build_trackers
 from mrl.reshard.hf_export import copy_model_files
-from mrl.rewards.build import ConcurrentReward, build_reward_fn
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer
 from mrl.trainer.collection import SampleCollector
@@ -33,6 +29,7 @@ from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.plan import RunPlan
 from mrl.trainer.ppo import ActorRole, CriticRole, PPOTrainer, ReferenceRole
 from mrl.trainer.resume import checkpoint_root
+from mrl.trainer.rewards import build_reward
 from mrl.trainer.roles import actor_setup, critic_setup, reference_setup
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.schedules import updates_per_step
@@ -177,7 +174,7 @@ class _Builder:
         )
 
     def _scorer(self) -> Scorer:
-        reward_fn = _reward_fn(self._config.reward) if self._env.rank == 0 else None
+        reward_fn = build_reward(self._config.reward) if self._env.rank == 0 else None
         scorer = Scorer(reward_fn, self._inputs.tokenizer, source_rank=0)
         self._stack.callback(scorer.close)
         return scorer
@@ -242,15 +239,3 @@ class _Builder:
         trackers = build_trackers(logger, run_dir=self._plan.run_dir, total_steps=self._total_steps)
         self._stack.callback(trackers.close)
         return trackers
-
-
-def _reward_fn(settings: RewardConfig) -> ConcurrentReward:
-    function = settings.custom_reward_function
-    return build_reward_fn(
-        path=function.path,
-        name=function.name,
-        reward_kwargs=thaw(function.reward_kwargs),
-        num_workers=min(settings.num_workers, os.cpu_count() or 1),
-        timeout_s=settings.timeout_s,
-        on_failure=settings.on_failure,
-    )

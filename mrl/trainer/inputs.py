@@ -12,8 +12,8 @@ from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
 from mrl.data.loader import PromptLoader
 from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
-from mrl.rewards.rules import check_data_sources
 from mrl.trainer.plan import RunPlan
+from mrl.trainer.rewards import check_rewards
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -32,7 +32,7 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
 
     Raises:
         ValueError: files that are missing, empty or of the wrong form, no prompt that fits, fewer prompts than a
-            batch, or a data source without a reward.
+            batch, or rewards that cannot be computed (see `check_rewards`).
     """
     # Ranks are forked from this process; the tokenizer's thread pool would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -42,8 +42,7 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     val = _load(config, plan.val_files, tokenizer, config.data.val_max_samples) if plan.val_files else None
     data = config.data
     seed = config.trainer.seed if data.seed is None else data.seed
-    if config.reward.custom_reward_function.path is None:
-        check_data_sources({prompt.data_source for prompt in (*train, *(val or ()))})
+    check_rewards(config.reward, {prompt.data_source for prompt in (*train, *(val or ()))})
     return RunInputs(
         tokenizer=tokenizer,
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),

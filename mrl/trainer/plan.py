@@ -113,7 +113,6 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     if config.needs_reference:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, machine, trained=False)
     _check_lengths(config, {"actor": actor, **({"critic": critic} if critic else {})})
-    _check_reward_file(config)
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
     critic_record = _describe(critic, config.critic.megatron, is_critic=True) if critic else None
     tokenizer_path = Path(shared.model.tokenizer_path or actor_path).expanduser()
@@ -262,12 +261,6 @@ def _describe(role: RolePlan, megatron: TrainableMegatronConfig, *, is_critic: b
 
 def _current(role: RolePlan, record: RoleRecord, tokenizer_path: Path) -> CurrentRole:
     return CurrentRole(record=record, model_files=list_model_files(role.model_path, tokenizer_path))
-
-
-def _check_reward_file(config: PPOConfig) -> None:
-    path = config.reward.custom_reward_function.path
-    if path is not None and not Path(path).expanduser().is_file():
-        raise ValueError(f"reward.custom_reward_function.path = {path} does not exist; give a Python file")
 
 
 def _check_lengths(config: PPOConfig, roles: Mapping[str, RolePlan]) -> None:

@@ -18,6 +18,12 @@ def report(*overrides):
 
 # The setting that does nothing, what surrounds it, the reason, and what would make it act.
 CASES = [
+    (
+        "reward.verifiers.my_task=exact_match",
+        ["reward.functions.a={verifier: gsm8k}"],
+        "no reward is left to the verifier of each sample's data source",
+        ["reward.functions.b={}"],
+    ),
     ("algorithm.kl_ctrl.kl_coef=0.001", [], "set algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=True"]),
     ("algorithm.kl_penalty=k3", [], "no KL penalty is subtracted", ["algorithm.use_kl_in_reward=True"]),
     (
