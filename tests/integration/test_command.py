@@ -142,12 +142,33 @@ def test_a_reward_function_that_fails_ends_the_run_and_names_the_sample(tmp_path
     body, message = REWARDS[case]
     path = tmp_path / "reward.py"
     path.write_text(f"def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    {body}\n")
-    own = [f"reward.custom_reward_function.path={path}", "reward.timeout_s=1", "trainer.val_before_train=False"]
-    outcome = run_command(in_folder(tmp_path, *own), tmp_path)
+    own = [f"reward.custom_reward_function.path={path}", "reward.timeout_s=1", "reward.on_failure=raise"]
+    outcome = run_command(in_folder(tmp_path, *own, "trainer.val_before_train=False"), tmp_path)
     assert outcome.status == 1
     assert "embedded/counting" in outcome.output, outcome.output
     assert message in outcome.output
     assert "Traceback" not in outcome.output
+
+
+def test_a_reward_function_that_fails_costs_the_samples_their_reward(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return 1.0 if ground_truth.startswith('9') else float('nan')\n"
+    )
+    own = [
+        f"reward.functions.odd.path={path}",
+        "reward.functions.rule.weight=0.5",
+        "trainer.val_before_train=False",
+        "trainer.total_training_steps=1",
+        "trainer.test_freq=-1",
+    ]
+    outcome = run_command(in_folder(tmp_path, *own), tmp_path)
+    assert outcome.status == 0, outcome.output
+    assert "samples could not be scored: score 0; first: the reward 'odd'" in outcome.output
+    [row] = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert row["reward/failed"] == row["reward/odd/failed"] == 1.0 - row["reward/odd"] > 0.0
+    assert row["reward/mean"] == pytest.approx(row["reward/odd"] + 0.5 * row["reward/rule"])
 
 
 def test_a_model_folder_without_weights_is_named(tmp_path, embedded):
