@@ -65,7 +65,7 @@ def _check_part(settings: RewardConfig, part: RewardFunctionConfig, data_sources
         rules.check_choice(rules.Choice(part.verifier, thaw(part.reward_kwargs)))
     else:
         rules.check_data_sources(data_sources, thaw(settings.verifiers))
-        for source in data_sources:
+        for source in sorted(data_sources):
             rules.check_choice(rules.choose(source, **_arguments(settings, part)))
 
 

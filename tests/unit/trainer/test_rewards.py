@@ -71,7 +71,7 @@ def test_functions_verifiers_and_their_policies_come_from_the_configuration(rewa
         (["reward.functions.a={verifier: gsm8k, reward_kwargs: {x: 1}}"], r"functions\.a: .*takes gsm8k_method, not x"),
         (
             ["reward.verifiers.trivia=exact_match", "reward.functions.a={reward_kwargs: {x: 1}}"],
-            r"functions\.a: the verifier exact_match takes .*, not x",
+            r"functions\.a: the verifier gsm8k takes gsm8k_method, not x",
         ),
     ],
 )
