@@ -107,6 +107,11 @@ def generate(folder: str, tp_size: int) -> tuple[list[list[int]], list[list[int]
         trained.engine.shutdown()
 
 
+def test_expert_parallelism_in_an_engine_on_cpu_is_refused(models) -> None:
+    with pytest.raises(ValueError, match="ep_size = 2: SGLang on CPU has no expert parallelism"):
+        jobs.start(Path(models["mixtral"]), tp_size=2, engine_kwargs={"ep_size": 2})
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_generation_after_a_reshard_equals_transformers(models, family) -> None:

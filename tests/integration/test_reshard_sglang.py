@@ -62,6 +62,23 @@ def test_experts_are_dealt_out_on_either_side(family):
         assert [rank.differing for rank in report.ranks] == [()] * rollout_tp, (train, rollout_tp, rollout_ep)
 
 
+def test_experts_in_an_order_of_their_own_are_refused():
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+    from mrl.backends.sglang.experts import expert_parallel_size
+    from mrl.backends.sglang.reference_loader import build_engine_model
+
+    dense = build_engine_model(CONFIG, tp_rank=0, tp_size=1, dtype=torch.bfloat16)
+    assert expert_parallel_size(dense) == 1
+    config = FAMILY_CONFIGS["mixtral"]
+    model = build_engine_model(config, tp_rank=1, tp_size=4, ep_size=2, dtype=torch.bfloat16)
+    assert expert_parallel_size(model) == 2
+    runner = model.model.layers[2].block_sparse_moe.experts.quant_method.runner
+    runner.runner_backend = MoeRunnerBackend.FLASHINFER_CUTLASS
+    with pytest.raises(ValueError, match=r"layers\.2.*flashinfer_cutlass.* set .*moe_runner_backend to triton"):
+        expert_parallel_size(model)
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "vocab_multiple", "megatron_rows", "sglang_rows"),
     [(512, 1, 512, 512), (500, 1, 500, 512), (500, 128, 512, 512), (577, 256, 1024, 640), (640, 192, 768, 640)],

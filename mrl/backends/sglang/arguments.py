@@ -23,7 +23,16 @@ def max_request_tokens(scheduler_info: Mapping[str, Any]) -> int:
 
 
 def server_args(device: str, **values: Any) -> dict[str, Any]:
-    """Arguments of SGLang's `Engine` on a device; `values` win."""
+    """Arguments of SGLang's `Engine` on a device; `values` win.
+
+    Raises:
+        ValueError: experts dealt out over ranks on CPU, where SGLang does not know of other ranks' experts.
+    """
+    if device == "cpu" and values.get("ep_size", 1) > 1:
+        raise ValueError(
+            f"engine_kwargs.sglang.ep_size = {values['ep_size']}: SGLang on CPU has no expert parallelism and dies "
+            "at the first token; leave it at 1, and the experts are cut over the tensor-parallel ranks"
+        )
     args: dict[str, Any] = {
         "device": device,
         "skip_tokenizer_init": True,

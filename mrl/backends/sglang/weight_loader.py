@@ -77,6 +77,9 @@ def _seed(seed: int) -> None:
 
 
 def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
+    # Imported here: the module is also imported where no engine runs.
+    from mrl.backends.sglang.experts import expert_parallel_size
+
     tp_rank, tp_size = _tp_rank_and_size()
     sources = [SourceRank.from_json(source) for source in control["sources"]]
     params = dict(model.named_parameters())
@@ -88,6 +91,7 @@ def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
         tp_size=tp_size,
         host=socket.gethostname(),
         device=device_number(next(model.parameters()).device),
+        ep_size=expert_parallel_size(model),
     )
     return Puller(plan, open_sources(plan, sources), params)
 
