@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -118,5 +119,9 @@ def _checked_spec(source: RoleFolder, model_files: Path) -> ModelSpec:
 
 
 def _write_checksums(folder: Path, sums: dict[str, str]) -> None:
+    """Of every file; those of the weights are known."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in sums:
+            sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from mrl.convert.locate import MODEL, RoleFolder, find_role, is_hugging_face
 from mrl.convert.megatron_to_hf import CHECKSUMS
 from mrl.convert.megatron_weights import MegatronWeights, optimizer_prefixes
 from mrl.convert.progress import Advance, Track
-from mrl.convert.safetensors_files import SafetensorsFolder
+from mrl.convert.safetensors_files import SafetensorsFolder, read_index
 from mrl.convert.streaming import read_ahead
 from mrl.convert.weights import Weights, check_tensors, read_rows, row_blocks
 from mrl.reshard.families import tensor_shapes
@@ -85,7 +85,9 @@ def _verify_role(source: RoleFolder, hf: Path | None, track: Track) -> Iterator[
             views.append(stack.enter_context(MegatronWeights(source.dist, spec, prefix=prefix)))
         _check_finite(views, f"values of the {source.role}", track)
     state = f" and {len(views) - 1} tensors of optimizer state for each" if len(views) > 1 else ""
-    described = f"as {MANIFEST} says" if source.record else "as config.json says"
+    described = (
+        f"as {MANIFEST} says" if source.record else f"as config.json says, without checksums for want of {MANIFEST}"
+    )
     yield f"{source.role}: {len(weights.tensors)} tensors {described}{state}; all values are finite"
 
 
@@ -130,11 +132,8 @@ def _check_json(path: Path) -> None:
 
 
 def _check_unlisted(path: Path) -> None:
-    """An index and the files beside it have to agree on the size of the model."""
-    if not (path / INDEX).is_file():
-        return
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    listed = set(index["weight_map"].values())
+    """Whatever loads all files of a folder would find more than the index names."""
+    listed = set(read_index(path).values())
     for file in sorted(path.glob("*.safetensors")):
         if file.name not in listed:
             raise DamageError(f"{file} is not in {INDEX}; remove it, or complete the index")
@@ -147,6 +146,9 @@ def _check_sums(path: Path, track: Track) -> int:
         num_bytes = sum((path / name).stat().st_size for name in expected)
     except (ValueError, OSError) as error:
         raise DamageError(f"{path / CHECKSUMS}: {error}") from error
+    unlisted = set(read_index(path).values()) - set(expected)
+    if unlisted:
+        raise DamageError(f"{path / CHECKSUMS} does not list {min(unlisted)}")
     with track("checksums", num_bytes) as advance:
         for name, digest in expected.items():
             with (path / name).open("rb") as file:
