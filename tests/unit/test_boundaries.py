@@ -15,6 +15,7 @@ FORBIDDEN = {
     "mrl/backends/megatron": ["sglang", "mrl.algorithms", "mrl.rewards", "mrl.rollout", "mrl.config"],
     "mrl/backends/sglang": ["megatron", "mrl.algorithms", "mrl.config"],
     "mrl/reshard": ["torch.distributed", "megatron", "sglang", "mrl.config", "mrl.trainer"],
+    "mrl/convert": ["torch.cuda", "megatron", "sglang", "mrl.config", "mrl.backends", "mrl.algorithms", "mrl.rollout"],
     "mrl/data": ["torch.distributed", "torch.cuda", "megatron", "sglang", "mrl.backends"],
     "mrl/rewards": ["torch.distributed", "torch.cuda", "megatron", "sglang", "mrl.backends"],
 }
