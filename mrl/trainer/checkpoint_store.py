@@ -62,13 +62,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: fewer than `num_bytes` are free, or the checkpoint exists.
         """
+        if folder.exists():
+            raise CheckpointError(f"checkpoint {folder} exists already; move it away")
         with explain_failure(folder):
             self.root.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.root.parent)
             for pattern in (f"*{_SAVING}", f"{_REMOVED}*", f"*/{_REMOVED}*"):
                 for leftover in self.root.glob(pattern):
                     shutil.rmtree(leftover)
-            if folder.exists():
-                raise CheckpointError(f"{folder} exists already; move it away")
             free = shutil.disk_usage(self.root).free
             if num_bytes > free:
                 raise CheckpointError(

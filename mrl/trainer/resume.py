@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrl.interfaces import CheckpointError
-from mrl.trainer.checkpoint_files import HUGGING_FACE, MANIFEST
+from mrl.trainer.checkpoint_files import HUGGING_FACE, LATEST, MANIFEST
 from mrl.trainer.manifest import (
     Manifest,
     RoleRecord,
@@ -19,6 +19,7 @@ from mrl.trainer.manifest import (
     compare_files,
     compare_packages,
     read_manifest,
+    write_durably,
 )
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,16 @@ def set_aside_history(run_dir: Path, resume: ResumePoint | None) -> None:
         aside.mkdir()
         for folder in later:
             folder.rename(aside / folder.name)
+        _name_latest(root)
         logger.info("%d checkpoints that this run does not continue are kept in %s", len(later), aside)
+
+
+def _name_latest(root: Path) -> None:
+    remaining = list_checkpoints(root)
+    if remaining:
+        write_durably(root / LATEST, remaining[-1][1].name + "\n")
+    else:
+        (root / LATEST).unlink(missing_ok=True)
 
 
 def _unused_stamp(run_dir: Path) -> str:

@@ -138,8 +138,13 @@ def test_what_runs_of_the_same_second_set_aside_is_kept(tmp_path, monkeypatch):
 def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(tmp_path):
     first = make_checkpoint(tmp_path, 1)
     make_checkpoint(tmp_path, 2)
+    latest = checkpoint_root(tmp_path) / "latest"
+    latest.write_text("global_step_2\n")
     set_aside_history(tmp_path, find(tmp_path, "resume_path", str(first)))
     assert find(tmp_path).manifest.step == 1
+    assert latest.read_text() == "global_step_1\n"
+    set_aside_history(tmp_path, None)
+    assert not latest.exists()
 
 
 def test_a_checkpoint_of_another_run_continues_none_of_this_folders_metrics(tmp_path):
