@@ -95,6 +95,11 @@ class TrainBatch:
     """[B, T] float32."""
     returns: Tensor | None = None
     """[B, T] float32, the critic's regression target."""
+    rollout_is_weights: Tensor | None = None
+    """[B, T] float32, from rollout correction: what the actor's policy loss of each token is multiplied with."""
+    accepted: Tensor | None = None
+    """[B, T] bool, from rollout correction: False on tokens that the actor's loss leaves out. Advantages and the
+    critic see `loss_mask` alone."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -123,9 +128,9 @@ class TrainBatch:
             raise ValueError(f"TrainBatch.{name} is needed here, and no earlier stage has filled it in")
         return tensor
 
-    def with_fields(self, **tensors: Tensor) -> TrainBatch:
+    def with_fields(self, **tensors: Tensor | None) -> TrainBatch:
         """A copy with the named fields replaced."""
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         present = {item.name: getattr(self, item.name) for item in fields(self)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from mrl.algorithms.aggregation import LossNorm, aggregate_loss, check_loss_agg_mode, token_mean
 from mrl.algorithms.kl import check_kl_kind, compute_kl
 from mrl.algorithms.masking import masked_max
-from mrl.algorithms.policy_loss import PolicyLoss, check_clip_ratios, compute_policy_loss
+from mrl.algorithms.policy_losses.base import BoundPolicyLoss, PolicyInputs, PolicyLoss, PolicyTerms
+from mrl.algorithms.policy_losses.vanilla import Vanilla
 from mrl.algorithms.value_loss import check_cliprange_value, compute_value_loss
 from mrl.types import Metric, TrainBatch
 
@@ -24,11 +25,9 @@ LossFn = Callable[[ModelOutput, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 
 @dataclass(kw_only=True, frozen=True)
 class PolicyObjective:
-    """PPO's policy objective with optional entropy bonus and KL loss, all under one `loss_agg_mode`."""
+    """A policy loss with optional entropy bonus and KL loss, under one `loss_agg_mode` unless the loss has its own."""
 
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    clip_ratio_c: float = 3.0
+    policy_loss: PolicyLoss = field(default_factory=Vanilla)
     loss_agg_mode: str = "token-mean"
     loss_scale_factor: float | None = None
     """Constant divisor, for `seq-mean-token-sum-norm` only."""
@@ -41,9 +40,6 @@ class PolicyObjective:
     kl_loss_type: str = "low_var_kl"
 
     def __post_init__(self) -> None:
-        check_clip_ratios(
-            clip_ratio_low=self.clip_ratio_low, clip_ratio_high=self.clip_ratio_high, clip_ratio_c=self.clip_ratio_c
-        )
         check_loss_agg_mode(self.loss_agg_mode, self.loss_scale_factor)
         check_kl_kind(self.kl_loss_type)
 
@@ -53,26 +49,28 @@ class PolicyObjective:
         return self.monitor_entropy or self.entropy_coeff != 0
 
     def bind(self, mini_batch: TrainBatch) -> LossFn:
-        """The loss function of `mini_batch`'s micro-batches; they must have old_log_probs and advantages set.
+        """The loss function of `mini_batch`'s micro-batches; both must have old_log_probs and advantages set.
 
-        With `use_kl_loss` they need ref_log_probs, too. Every rank binds the same, whole mini-batch.
+        With `use_kl_loss` they need ref_log_probs, too. Every rank binds the same, whole mini-batch. Tokens that
+        rollout correction rejected count nowhere: not in the sums, the denominators or the metrics.
         """
+        mini_batch = _without_rejected(mini_batch)
         norm = LossNorm.of(mini_batch.loss_mask, loss_scale_factor=self.loss_scale_factor)
-        return partial(self._compute, norm=norm)
+        return partial(self._compute, norm=norm, policy_loss=self.policy_loss.bind(mini_batch))
 
-    def _compute(self, output: ModelOutput, batch: TrainBatch, *, norm: LossNorm) -> tuple[Tensor, dict[str, Metric]]:
+    def _compute(
+        self, output: ModelOutput, batch: TrainBatch, *, norm: LossNorm, policy_loss: BoundPolicyLoss
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        batch = _without_rejected(batch)
         mask = batch.loss_mask
+        inputs = _policy_inputs(output, batch)
+        terms = policy_loss(inputs)
+        token_loss = terms.token_loss
+        if batch.rollout_is_weights is not None:
+            token_loss = token_loss * self.policy_loss.combine_weights(batch.rollout_is_weights, mask)
+        loss = aggregate_loss(token_loss, mask, self.policy_loss.loss_agg_mode or self.loss_agg_mode, norm)
+        metrics = {"actor/pg_loss": _share(loss), **_policy_metrics(inputs, terms, norm)}
         aggregate = partial(aggregate_loss, loss_mask=mask, mode=self.loss_agg_mode, norm=norm)
-        policy = compute_policy_loss(
-            output["log_probs"],
-            batch.required("old_log_probs"),
-            batch.required("advantages"),
-            clip_ratio_low=self.clip_ratio_low,
-            clip_ratio_high=self.clip_ratio_high,
-            clip_ratio_c=self.clip_ratio_c,
-        )
-        loss = aggregate(policy.token_loss)
-        metrics = {"actor/pg_loss": _share(loss), **_policy_metrics(policy, mask, norm)}
         if self.needs_entropy:
             metrics["actor/entropy"] = Metric(token_mean(output["entropy"], mask, norm))
         if self.entropy_coeff != 0:
@@ -116,13 +114,30 @@ class ValueObjective:
         return aggregate_loss(value.token_loss, mask, self.loss_agg_mode, norm), metrics
 
 
-def _policy_metrics(policy: PolicyLoss, mask: Tensor, norm: LossNorm) -> dict[str, Metric]:
+def _without_rejected(batch: TrainBatch) -> TrainBatch:
+    if batch.accepted is None:
+        return batch
+    return batch.with_fields(loss_mask=batch.loss_mask & batch.accepted)
+
+
+def _policy_inputs(output: ModelOutput, batch: TrainBatch) -> PolicyInputs:
+    return PolicyInputs(
+        tokens=batch.tokens,
+        loss_mask=batch.loss_mask,
+        log_probs=output["log_probs"],
+        old_log_probs=batch.required("old_log_probs"),
+        advantages=batch.required("advantages"),
+    )
+
+
+def _policy_metrics(inputs: PolicyInputs, terms: PolicyTerms, norm: LossNorm) -> dict[str, Metric]:
+    mask = inputs.loss_mask
     return {
-        "actor/kl": Metric(token_mean(policy.approx_kl, mask, norm)),
-        "actor/clip_fraction": Metric(token_mean(policy.clipped, mask, norm)),
-        "actor/clip_fraction_lower": Metric(token_mean(policy.clipped_lower, mask, norm)),
-        "actor/ratio_mean": Metric(token_mean(policy.ratio, mask, norm)),
-        "actor/ratio_max": Metric(masked_max(policy.ratio.float(), mask, empty=0.0), "max"),
+        # The k1 estimate of KL(old || new).
+        "actor/kl": Metric(token_mean(-inputs.log_ratio, mask, norm)),
+        "actor/ratio_mean": Metric(token_mean(terms.ratio, mask, norm)),
+        "actor/ratio_max": Metric(masked_max(terms.ratio.float(), mask, empty=0.0), "max"),
+        **{f"actor/{name}": Metric(token_mean(flags, mask, norm)) for name, flags in terms.fractions.items()},
     }
 
 

@@ -7,13 +7,54 @@ from typing import Literal
 
 from mrl.config.checkpoint import CheckpointConfig
 from mrl.config.checks import at_least, more_than, not_both
+from mrl.config.errors import ConfigError
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.optim import OptimConfig
 from mrl.config.section import Section
 
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+LossMode = Literal[
+    "vanilla", "gspo", "cispo", "gpg", "clip_cov", "kl_cov", "geo_mean", "sapo", "dppo_tv", "dppo_kl", "dro"
+]
 KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 KLLossKind = Literal[KLKind, "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"]
+
+
+CLIP_BELOW_ONE: frozenset[str] = frozenset({"vanilla", "gspo", "cispo", "clip_cov"})
+"""The losses whose `clip_ratio_low` is a distance of the ratio from 1."""
+
+SEQUENCE_MEAN_LOSSES: frozenset[str] = frozenset({"geo_mean", "sapo"})
+"""The losses that are aggregated as seq-mean-token-mean whatever `loss_agg_mode` says."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class PolicyLossConfig(Section):
+    """Which policy loss, and what only some of them take; docs/algorithms.md has each one's formula and keys."""
+
+    loss_mode: LossMode = "vanilla"
+    """The policy loss; vanilla is PPO's clipped surrogate."""
+    clip_cov_ratio: float = 0.0002
+    """clip_cov: share of a mini-batch's trained tokens that lose their gradient, at least one token."""
+    clip_cov_lb: float = 1.0
+    """clip_cov: lower bound of the covariance of tokens that may be drawn."""
+    clip_cov_ub: float = 5.0
+    """clip_cov: upper bound of the covariance of tokens that may be drawn."""
+    kl_cov_ratio: float = 0.0002
+    """kl_cov: share of a mini-batch's trained tokens that are held by a KL penalty, at least one token."""
+    ppo_kl_coef: float = 0.1
+    """kl_cov: weight of that penalty."""
+    dro_beta: float | None = None
+    """dro: weight of the quadratic penalty on the log-ratio; has to be set for it."""
+
+    def check(self) -> None:
+        more_than(self, 0, "clip_cov_ratio", "kl_cov_ratio", "dro_beta")
+        at_least(self, 0, "ppo_kl_coef")
+        if self.kl_cov_ratio > 1:
+            raise ConfigError(f"kl_cov_ratio = {self.kl_cov_ratio} must be at most 1")
+        if not self.clip_cov_lb < self.clip_cov_ub:
+            raise ConfigError(f"clip_cov_lb = {self.clip_cov_lb} must be below clip_cov_ub = {self.clip_cov_ub}")
+        if self.loss_mode == "dro" and self.dro_beta is None:
+            raise ConfigError("dro_beta = null, but loss_mode = dro needs one; its scale is that of the advantages")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -30,6 +71,8 @@ class ActorConfig(Section):
     """Passes over a step's samples."""
     shuffle: bool = False
     """Cut mini-batches from a seeded random order of the samples."""
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    """The policy loss."""
     clip_ratio: float = 0.2
     """PPO's clip range of the probability ratio, on both sides."""
     clip_ratio_low: float = 0.2
@@ -37,7 +80,11 @@ class ActorConfig(Section):
     clip_ratio_high: float = 0.2
     """Clip range above 1; `clip_ratio` unless set."""
     clip_ratio_c: float = 3.0
-    """Dual clip: bound of the ratio where the advantage is negative."""
+    """Dual clip: bound of the ratio where the advantage is negative; dppo: of the importance weight."""
+    tau_pos: float = 1.0
+    """sapo: temperature of the gate where the advantage is positive."""
+    tau_neg: float = 1.05
+    """sapo: temperature of the gate elsewhere."""
     loss_agg_mode: LossAggMode = "token-mean"
     """How token losses become one number."""
     loss_scale_factor: int | None = None
@@ -62,6 +109,12 @@ class ActorConfig(Section):
         at_least(self, 1, "loss_scale_factor")
         at_least(self, 0, "clip_ratio", "clip_ratio_low", "clip_ratio_high", "entropy_coeff", "kl_loss_coef")
         more_than(self, 1, "clip_ratio_c")
+        more_than(self, 0, "tau_pos", "tau_neg")
+        if self.policy_loss.loss_mode in CLIP_BELOW_ONE and self.clip_ratio_low > 1:
+            raise ConfigError(
+                f"clip_ratio_low = {self.clip_ratio_low} must be at most 1: ratios cannot fall by more "
+                f"(policy_loss.loss_mode = {self.policy_loss.loss_mode})"
+            )
         not_both(self, "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from mrl.config.actor import ActorConfig
+from mrl.config.actor import SEQUENCE_MEAN_LOSSES, ActorConfig
 from mrl.config.algorithm import DISCOUNTING_ESTIMATORS, SCALING_ESTIMATORS
 from mrl.config.critic import CriticConfig
 from mrl.config.keys import default_values, flatten
@@ -76,6 +76,51 @@ def _critic(config: PPOConfig) -> CriticConfig:
 def _clip_ratio_unused(config: PPOConfig) -> bool:
     actor = config.actor_rollout_ref.actor
     return actor.clip_ratio not in (actor.clip_ratio_low, actor.clip_ratio_high)
+
+
+_RATIO_LOSSES = frozenset({"vanilla", "gspo", "cispo", "clip_cov", "geo_mean", "dppo_tv", "dppo_kl"})
+LOSS_SETTINGS = {
+    "clip_ratio": _RATIO_LOSSES,
+    "clip_ratio_low": _RATIO_LOSSES,
+    "clip_ratio_high": _RATIO_LOSSES,
+    "clip_ratio_c": frozenset({"vanilla", "dppo_tv", "dppo_kl"}),
+    "tau_pos": frozenset({"sapo"}),
+    "tau_neg": frozenset({"sapo"}),
+    "policy_loss.clip_cov_ratio": frozenset({"clip_cov"}),
+    "policy_loss.clip_cov_lb": frozenset({"clip_cov"}),
+    "policy_loss.clip_cov_ub": frozenset({"clip_cov"}),
+    "policy_loss.kl_cov_ratio": frozenset({"kl_cov"}),
+    "policy_loss.ppo_kl_coef": frozenset({"kl_cov"}),
+    "policy_loss.dro_beta": frozenset({"dro"}),
+}
+"""The policy losses that take each of the actor's settings of losses."""
+
+
+def _loss_rule(losses: frozenset[str]) -> _Rule:
+    return _Rule(
+        keys=tuple(f"{_ACTOR}.{key}" for key, takers in LOSS_SETTINGS.items() if takers == losses),
+        when=lambda config: config.actor_rollout_ref.actor.policy_loss.loss_mode not in losses,
+        reason=f"only {_ACTOR}.policy_loss.loss_mode={', '.join(sorted(losses))} takes it",
+    )
+
+
+def _aggregates_nothing(config: PPOConfig) -> bool:
+    """The actor's aggregation acts on neither a loss term nor the critic, which follows it unless set."""
+    actor = config.actor_rollout_ref.actor
+    followed = config.needs_critic and config.critic.loss_agg_mode == actor.loss_agg_mode
+    has_own = actor.policy_loss.loss_mode in SEQUENCE_MEAN_LOSSES
+    return has_own and not (followed or actor.use_kl_loss or actor.entropy_coeff != 0)
+
+
+_LOSS_RULES = (
+    *(_loss_rule(losses) for losses in dict.fromkeys(LOSS_SETTINGS.values())),
+    _Rule(
+        keys=(f"{_ACTOR}.loss_agg_mode",),
+        when=_aggregates_nothing,
+        reason=f"{_ACTOR}.policy_loss.loss_mode={', '.join(sorted(SEQUENCE_MEAN_LOSSES))} always take "
+        "seq-mean-token-mean, and the loss has no other term",
+    ),
+)
 
 
 def _needs_no_step_count(optim: OptimConfig) -> bool:
@@ -288,6 +333,7 @@ _PADDING_RULES = (
 _RULES = (
     *_KL_RULES,
     *_ESTIMATOR_RULES,
+    *_LOSS_RULES,
     *_PADDING_RULES,
     *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
     *_role_rules("critic", _critic, loss_scale_inherited=True),

@@ -7,6 +7,8 @@ from dataclasses import replace
 from mrl.algorithms.estimators import EstimatorSettings, build_estimator
 from mrl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
+from mrl.algorithms.policy_losses import PolicyLoss, build_policy_loss
+from mrl.config.actor import ActorConfig
 from mrl.config.algorithm import GREEDY_ESTIMATORS, KLCtrlConfig
 from mrl.config.schema import PPOConfig
 from mrl.rewards.overlong import OverlongPenalty
@@ -64,15 +66,33 @@ def policy_objective(config: PPOConfig) -> PolicyObjective:
     """What the actor minimises."""
     actor = config.actor_rollout_ref.actor
     return PolicyObjective(
-        clip_ratio_low=actor.clip_ratio_low,
-        clip_ratio_high=actor.clip_ratio_high,
-        clip_ratio_c=actor.clip_ratio_c,
+        policy_loss=_policy_loss(actor),
         loss_agg_mode=actor.loss_agg_mode,
         loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         entropy_coeff=actor.entropy_coeff,
         use_kl_loss=actor.use_kl_loss,
         kl_loss_coef=actor.kl_loss_coef,
         kl_loss_type=actor.kl_loss_type,
+    )
+
+
+def _policy_loss(actor: ActorConfig) -> PolicyLoss:
+    settings = actor.policy_loss
+    return build_policy_loss(
+        settings.loss_mode,
+        {
+            "clip_ratio_low": actor.clip_ratio_low,
+            "clip_ratio_high": actor.clip_ratio_high,
+            "clip_ratio_c": actor.clip_ratio_c,
+            "tau_pos": actor.tau_pos,
+            "tau_neg": actor.tau_neg,
+            "clip_cov_ratio": settings.clip_cov_ratio,
+            "clip_cov_lb": settings.clip_cov_lb,
+            "clip_cov_ub": settings.clip_cov_ub,
+            "kl_cov_ratio": settings.kl_cov_ratio,
+            "ppo_kl_coef": settings.ppo_kl_coef,
+            "dro_beta": settings.dro_beta,
+        },
     )
 
 

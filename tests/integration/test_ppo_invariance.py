@@ -18,6 +18,7 @@ from ranks import run_on_ranks
 from mrl.algorithms.estimators.gae import GAE
 from mrl.algorithms.kl import AdaptiveKLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
+from mrl.algorithms.policy_losses.vanilla import Vanilla
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.data.loader import PromptLoader
@@ -135,8 +136,8 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         ),
         phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
         actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(
-            clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C, entropy_coeff=ENTROPY_COEFF,
-            use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF, kl_loss_type="low_var_kl",
+            policy_loss=Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C),
+            entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF, kl_loss_type="low_var_kl",
         )),
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
         reference=ReferenceRole(engine=reference, micro_batch_size=4),

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from mrl.algorithms.aggregation import LOSS_AGG_MODES, LossNorm, aggregate_loss
 from mrl.algorithms.kl import compute_kl
 from mrl.algorithms.objectives import LossFn, PolicyObjective, ValueObjective
-from mrl.algorithms.policy_loss import compute_policy_loss
+from mrl.algorithms.policy_losses.vanilla import Vanilla
 from mrl.types import Metric, TrainBatch
 
 NUM_SAMPLES, WIDTH = 8, 6
 FULL = PolicyObjective(
-    clip_ratio_low=0.2,
-    clip_ratio_high=0.28,
+    policy_loss=Vanilla(clip_ratio_low=0.2, clip_ratio_high=0.28),
     entropy_coeff=0.01,
     use_kl_loss=True,
     kl_loss_coef=0.1,
@@ -106,18 +105,12 @@ def test_policy_loss_is_the_sum_of_its_weighted_parts() -> None:
     batch, output = make_batch(), make_output()
     loss, metrics = FULL.bind(batch)(output, batch)
     norm = LossNorm.of(batch.loss_mask)
-    surrogate = compute_policy_loss(
-        output["log_probs"],
-        batch.old_log_probs,
-        batch.advantages,
-        clip_ratio_low=0.2,
-        clip_ratio_high=0.28,
-        clip_ratio_c=3.0,
-    )
+    ratio = (output["log_probs"] - batch.old_log_probs).exp()
+    surrogate = -torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
+    surrogate = torch.where(batch.advantages < 0, surrogate.clamp(max=-3 * batch.advantages), surrogate)
     kl = compute_kl(output["log_probs"], batch.ref_log_probs, "low_var_kl")
     parts = [
-        aggregate_loss(part, batch.loss_mask, "token-mean", norm).item()
-        for part in (surrogate.token_loss, output["entropy"], kl)
+        aggregate_loss(part, batch.loss_mask, "token-mean", norm).item() for part in (surrogate, output["entropy"], kl)
     ]
     assert loss.item() == pytest.approx(parts[0] - 0.01 * parts[1] + 0.1 * parts[2], abs=1e-12)
     named = [metrics[f"actor/{name}"].value.item() for name in ("pg_loss", "entropy", "kl_loss")]

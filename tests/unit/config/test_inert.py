@@ -81,6 +81,31 @@ CASES = [
         "take precedence",
         [f"{ACTOR}.clip_ratio_high=${{.clip_ratio}}"],
     ),
+    (f"{ACTOR}.tau_pos=2", [], "loss_mode=sapo takes it", [f"{ACTOR}.policy_loss.loss_mode=sapo"]),
+    (
+        f"{ACTOR}.clip_ratio_high=0.28",
+        [f"{ACTOR}.policy_loss.loss_mode=gpg"],
+        "takes it",
+        [f"{ACTOR}.policy_loss.loss_mode=cispo"],
+    ),
+    (
+        f"{ACTOR}.clip_ratio_c=5",
+        [f"{ACTOR}.policy_loss.loss_mode=gspo"],
+        "takes it",
+        [f"{ACTOR}.policy_loss.loss_mode=dppo_tv"],
+    ),
+    (
+        f"{ACTOR}.policy_loss.kl_cov_ratio=0.1",
+        [],
+        "loss_mode=kl_cov takes it",
+        [f"{ACTOR}.policy_loss.loss_mode=kl_cov"],
+    ),
+    (
+        f"{ACTOR}.loss_agg_mode=token-sum",
+        [f"{ACTOR}.policy_loss.loss_mode=sapo", "critic.loss_agg_mode=token-mean"],
+        "no other term",
+        [f"{ACTOR}.entropy_coeff=0.01"],
+    ),
     (
         f"{ACTOR}.loss_scale_factor=100",
         [],

@@ -15,6 +15,7 @@ from mrl.config.load import compose_values, load_config
 from mrl.config.schema import PPOConfig
 
 ROOT = Path(__file__).parents[3]
+ACTOR = "actor_rollout_ref.actor"
 
 
 def test_yaml_files_hold_every_key_of_the_schema_with_its_default():
@@ -46,6 +47,11 @@ def test_the_key_table_is_up_to_date():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (f"{ACTOR}.policy_loss.loss_mode=gsp0", r"policy_loss\.loss_mode = 'gsp0' must be one of 'vanilla', 'gspo'"),
+        (f"{ACTOR}.policy_loss.loss_mode=dro", r"policy_loss\.dro_beta = null, but loss_mode = dro needs one"),
+        (f"{ACTOR}.policy_loss.clip_cov_lb=6", r"clip_cov_lb = 6\.0 must be below clip_cov_ub = 5\.0"),
+        (f"{ACTOR}.policy_loss.kl_cov_ratio=2", r"policy_loss\.kl_cov_ratio = 2\.0 must be at most 1"),
+        (f"{ACTOR}.clip_ratio_low=1.5", r"actor\.clip_ratio_low = 1\.5 must be at most 1"),
         ("data.train_batch_size=32", r"ppo_mini_batch_size = 256 is larger than data\.train_batch_size = 32"),
         ("data.train_batch_size=300", r"ppo_mini_batch_size = 256 does not divide data\.train_batch_size = 300"),
         ("critic.ppo_mini_batch_size=300", r"critic\.ppo_mini_batch_size = 300 does not divide"),
