@@ -15,6 +15,7 @@ from mrl.algorithms.kl import check_kl_kind, compute_kl
 from mrl.algorithms.masking import masked_max
 from mrl.algorithms.policy_losses.base import BoundPolicyLoss, PolicyInputs, PolicyLoss, PolicyTerms
 from mrl.algorithms.policy_losses.vanilla import Vanilla
+from mrl.algorithms.rollout_correction import RolloutCorrection, mismatch_means
 from mrl.algorithms.value_loss import check_cliprange_value, compute_value_loss
 from mrl.types import Metric, TrainBatch
 
@@ -35,6 +36,9 @@ class PolicyObjective:
     """Weight of the entropy bonus, subtracted from the loss."""
     monitor_entropy: bool = True
     """Report the entropy even where it has no weight."""
+    correction: RolloutCorrection | None = None
+    """Applied with the log-probs in training, which rollout_log_probs are then compared with: bypass mode. None where
+    the batch brings what a correction made of the old log-probs."""
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.001
     kl_loss_type: str = "low_var_kl"
@@ -61,6 +65,9 @@ class PolicyObjective:
     def _compute(
         self, output: ModelOutput, batch: TrainBatch, *, norm: LossNorm, policy_loss: BoundPolicyLoss
     ) -> tuple[Tensor, dict[str, Metric]]:
+        metrics: dict[str, Metric] = {}
+        if self.correction is not None:
+            batch, metrics = _correct(batch, output["log_probs"].detach(), self.correction, norm)
         batch = _without_rejected(batch)
         mask = batch.loss_mask
         inputs = _policy_inputs(output, batch)
@@ -69,7 +76,7 @@ class PolicyObjective:
         if batch.rollout_is_weights is not None:
             token_loss = token_loss * self.policy_loss.combine_weights(batch.rollout_is_weights, mask)
         loss = aggregate_loss(token_loss, mask, self.policy_loss.loss_agg_mode or self.loss_agg_mode, norm)
-        metrics = {"actor/pg_loss": _share(loss), **_policy_metrics(inputs, terms, norm)}
+        metrics |= {"actor/pg_loss": _share(loss), **_policy_metrics(inputs, terms, norm)}
         aggregate = partial(aggregate_loss, loss_mask=mask, mode=self.loss_agg_mode, norm=norm)
         if self.needs_entropy:
             metrics["actor/entropy"] = Metric(token_mean(output["entropy"], mask, norm))
@@ -112,6 +119,23 @@ class ValueObjective:
             "critic/return_mean": Metric(token_mean(returns, mask, norm)),
         }
         return aggregate_loss(value.token_loss, mask, self.loss_agg_mode, norm), metrics
+
+
+def _correct(
+    batch: TrainBatch, log_probs: Tensor, correction: RolloutCorrection, norm: LossNorm
+) -> tuple[TrainBatch, dict[str, Metric]]:
+    """Weights and rejection by the current policy. Denominators stay those of all trained tokens: how many of them a
+    mini-batch's other micro-batches reject is not known before they have run."""
+    mask = batch.loss_mask
+    log_ratio = log_probs - batch.required("rollout_log_probs")
+    result = correction.compute(log_ratio, mask)
+    metrics = {
+        f"actor/rollout_{name}": Metric(token_mean(values, mask, norm))
+        for name, values in mismatch_means(log_ratio, correction.ratio_bounds).items()
+    }
+    if result.accepted is not None:
+        metrics["actor/rollout_rs_masked_fraction"] = Metric(token_mean(~result.accepted, mask, norm))
+    return batch.with_fields(rollout_is_weights=result.weights, accepted=result.accepted), metrics
 
 
 def _without_rejected(batch: TrainBatch) -> TrainBatch:

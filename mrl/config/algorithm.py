@@ -7,6 +7,7 @@ from typing import Literal
 
 from mrl.config.actor import KLKind
 from mrl.config.checks import at_least, more_than, within
+from mrl.config.rollout_correction import RolloutCorrectionConfig
 from mrl.config.section import Section
 
 AdvEstimator = Literal[
@@ -100,6 +101,9 @@ class AlgorithmConfig(Section):
     """Estimator of that penalty."""
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     """Coefficient of that penalty."""
+
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    """Correction for samples from another distribution than the trainer's."""
 
     def check(self) -> None:
         within(self, 0, 1, "gamma", "lam")

@@ -44,6 +44,9 @@ ADVICE = {
     "critic.optim.warmup_style": "set critic.optim.lr_decay_style",
     "actor_rollout_ref.actor.data_loader_seed": "set trainer.seed",
     "critic.enable": "drop it: a critic is built where algorithm.adv_estimator needs one, as gae does",
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": (
+        "set algorithm.rollout_correction.rollout_is=token and algorithm.rollout_correction.rollout_is_threshold"
+    ),
     "critic.kl_ctrl.kl_coef": "set algorithm.kl_ctrl.kl_coef",
     "actor_rollout_ref.rollout.do_sample": "set actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.val_kwargs.do_sample": (

@@ -10,6 +10,7 @@ from mrl.config.algorithm import DISCOUNTING_ESTIMATORS, SCALING_ESTIMATORS
 from mrl.config.critic import CriticConfig
 from mrl.config.keys import default_values, flatten
 from mrl.config.optim import OptimConfig
+from mrl.config.rollout_correction import RolloutCorrectionConfig
 from mrl.config.schema import PPOConfig
 
 
@@ -99,7 +100,7 @@ LOSS_SETTINGS = {
 def _loss_rule(losses: frozenset[str]) -> _Rule:
     return _Rule(
         keys=tuple(f"{_ACTOR}.{key}" for key, takers in LOSS_SETTINGS.items() if takers == losses),
-        when=lambda config: config.actor_rollout_ref.actor.policy_loss.loss_mode not in losses,
+        when=lambda config: _loss_in_use(config) not in losses,
         reason=f"only {_ACTOR}.policy_loss.loss_mode={', '.join(sorted(losses))} takes it",
     )
 
@@ -110,6 +111,42 @@ def _aggregates_nothing(config: PPOConfig) -> bool:
     followed = config.needs_critic and config.critic.loss_agg_mode == actor.loss_agg_mode
     has_own = actor.policy_loss.loss_mode in SEQUENCE_MEAN_LOSSES
     return has_own and not (followed or actor.use_kl_loss or actor.entropy_coeff != 0)
+
+
+_CORRECTION = "algorithm.rollout_correction"
+_CORRECTION_RULES = (
+    _Rule(
+        keys=(f"{_CORRECTION}.loss_type",),
+        when=lambda config: not config.algorithm.rollout_correction.bypass_mode,
+        reason=f"{_CORRECTION}.bypass_mode is False, so {_ACTOR}.policy_loss.loss_mode is the loss",
+    ),
+    _Rule(
+        keys=(f"{_CORRECTION}.rollout_is",),
+        when=lambda config: _weighs_nothing(config.algorithm.rollout_correction),
+        reason="in bypass_mode the ratio of PPO's clipped loss is that of trainer to engine already; set "
+        f"{_CORRECTION}.loss_type=reinforce",
+    ),
+    _Rule(
+        keys=(f"{_CORRECTION}.rollout_is_batch_normalize",),
+        when=lambda config: config.algorithm.rollout_correction.rollout_is is None,
+        reason=f"{_CORRECTION}.rollout_is is null, so there are no weights",
+    ),
+    _Rule(
+        keys=(f"{_CORRECTION}.rollout_rs_threshold",),
+        when=lambda config: config.algorithm.rollout_correction.rollout_rs is None,
+        reason=f"{_CORRECTION}.rollout_rs is null, so nothing is rejected",
+    ),
+)
+
+
+def _weighs_nothing(settings: RolloutCorrectionConfig) -> bool:
+    return settings.bypass_mode and settings.loss_type == "ppo_clip"
+
+
+def _loss_in_use(config: PPOConfig) -> str:
+    correction = config.algorithm.rollout_correction
+    reinforces = correction.bypass_mode and correction.loss_type == "reinforce"
+    return "gpg" if reinforces else config.actor_rollout_ref.actor.policy_loss.loss_mode
 
 
 _LOSS_RULES = (
@@ -334,6 +371,7 @@ _RULES = (
     *_KL_RULES,
     *_ESTIMATOR_RULES,
     *_LOSS_RULES,
+    *_CORRECTION_RULES,
     *_PADDING_RULES,
     *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
     *_role_rules("critic", _critic, loss_scale_inherited=True),

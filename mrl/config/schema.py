@@ -70,6 +70,7 @@ class PPOConfig(Section):
         self._check_estimator()
         self._check_filter_groups()
         self._check_overlong()
+        self._check_correction()
         self._check_lengths()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:
@@ -143,6 +144,21 @@ class PPOConfig(Section):
             raise ConfigError(
                 f"reward.reward_kwargs: overlong_buffer_cfg.len = {buffer_len}, max_resp_len = {max_resp_len} and "
                 f"data.max_response_length = {limit} must not decrease in this order"
+            )
+
+    def _check_correction(self) -> None:
+        correction, loss_mode = self.algorithm.rollout_correction, self.actor_rollout_ref.actor.policy_loss.loss_mode
+        if correction.bypass_mode and loss_mode != "vanilla":
+            raise ConfigError(
+                "algorithm.rollout_correction.bypass_mode = True chooses the loss by loss_type = "
+                f"{correction.loss_type}, but actor_rollout_ref.actor.policy_loss.loss_mode = {loss_mode}; set "
+                "bypass_mode=False or leave loss_mode at vanilla"
+            )
+        if loss_mode == "geo_mean" and correction.rollout_is == "token" and correction.weight_bounds.lower is not None:
+            raise ConfigError(
+                f"algorithm.rollout_correction.rollout_is_threshold = {correction.rollout_is_threshold} sets weights "
+                "of tokens to 0, and policy_loss.loss_mode = geo_mean multiplies a sequence's weights: one token would "
+                "silence it; give an upper bound only, or set rollout_is=sequence"
             )
 
     def _check_lengths(self) -> None:

@@ -61,8 +61,14 @@ def _medians(steps: list[Row]) -> list[tuple[str, str]]:
         ("step time", f"{typical('time/step_s'):.3f} s"),
         ("  of it, seconds", shares),
         ("reshard", f"{typical('time/reshard_s') * 1e3:.1f} ms, {typical('reshard/bytes') / 2**20:.1f} MiB"),
-        ("trainer-engine log-prob difference", f"{max(row['parity/log_prob_abs_diff_mean'] for row in steps):.1e}"),
+        ("trainer-engine log-prob difference", f"{_worst_parity(steps):.1e}"),
     ]
+
+
+def _worst_parity(steps: list[Row]) -> float:
+    """Of the batch before its updates or, in rollout correction's bypass mode, of the updates themselves."""
+    keys = ("parity/log_prob_abs_diff_mean", "actor/rollout_log_prob_abs_diff_mean")
+    return max(row[key] for row in steps for key in keys if row.get(key) is not None)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,6 +37,7 @@ from mrl.trainer.scoring import Scorer
 from mrl.trainer.settings import (
     advantage_stage,
     baseline_sampling,
+    correction_stage,
     group_filter,
     loop_settings,
     overlong_penalty,
@@ -126,6 +127,7 @@ class _Builder:
             reference=ReferenceRole(engine=roles.reference, micro_batch_size=plan.ref_micro_batch_size)
             if roles.reference
             else None,
+            correction=correction_stage(config),
             advantages=advantage_stage(config),
             pad_token_id=int(inputs.tokenizer.pad_token_id),
             validator=self._validator(rollout, scorer),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from mrl.algorithms.masking import masked_mean
+from torch import Tensor
+
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
 from mrl.interfaces import TrainEngine
 from mrl.observability.memory import peak_memory_gib
@@ -14,6 +15,7 @@ from mrl.rollout.batch import build_batch
 from mrl.trainer.advantages import AdvantageStage
 from mrl.trainer.checkpoint import Checkpointer, LoopState
 from mrl.trainer.collection import SampleCollector
+from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.samples import SampleWriter, summarize_samples
 from mrl.trainer.updates import UpdateSchedule, update_role
@@ -74,6 +76,7 @@ class PPOTrainer:
     """None where advantages need no values."""
     reference: ReferenceRole | None
     """None where no KL term is active."""
+    correction: CorrectionStage
     advantages: AdvantageStage
     pad_token_id: int
     validator: Validator
@@ -138,10 +141,10 @@ class PPOTrainer:
             batch = build_batch(samples, pad_token_id=self.pad_token_id)
             batch = self._compute_log_probs(batch)
             batch = self._compute_values(batch)
-            metrics |= compute_parity(batch)
+            batch, correction_metrics = self.correction.compute(batch)
             with self._timer("advantage"):
                 batch, advantage_metrics = self.advantages.compute(batch, samples)
-            metrics |= advantage_metrics
+            metrics |= correction_metrics | advantage_metrics
 
             metrics |= self._update_critic(batch, step=step)
             if step > self.settings.critic_warmup:
@@ -151,12 +154,7 @@ class PPOTrainer:
         return metrics | self._timer.take() | {"memory/peak_gib": peak_memory_gib()}
 
     def _compute_log_probs(self, batch: TrainBatch) -> TrainBatch:
-        with self._timer("log_prob"):
-            batch = batch.with_fields(
-                old_log_probs=self.actor.engine.compute_log_probs(
-                    batch, micro_batch_size=self.actor.schedule.forward_micro_batch_size
-                )
-            )
+        batch = batch.with_fields(old_log_probs=self._old_log_probs(batch))
         if self.reference is None:
             return batch
         with self._timer("ref_log_prob"):
@@ -164,6 +162,14 @@ class PPOTrainer:
                 batch, micro_batch_size=self.reference.micro_batch_size
             )
         return batch.with_fields(ref_log_probs=ref_log_probs)
+
+    def _old_log_probs(self, batch: TrainBatch) -> Tensor:
+        if self.correction.bypass_mode:
+            return batch.required("rollout_log_probs")
+        with self._timer("log_prob"):
+            return self.actor.engine.compute_log_probs(
+                batch, micro_batch_size=self.actor.schedule.forward_micro_batch_size
+            )
 
     def _compute_values(self, batch: TrainBatch) -> TrainBatch:
         if self.critic is None:
@@ -200,12 +206,3 @@ class PPOTrainer:
     def _validates_at(self, step: int) -> bool:
         settings = self.settings
         return settings.test_freq > 0 and (step % settings.test_freq == 0 or step == settings.total_steps)
-
-
-def compute_parity(batch: TrainBatch) -> Metrics:
-    """How far the engine's log-probs of its own samples are from the trainer's, over trained tokens."""
-    difference = (batch.required("old_log_probs") - batch.required("rollout_log_probs")).abs() * batch.loss_mask
-    return {
-        "parity/log_prob_abs_diff_mean": float(masked_mean(difference, batch.loss_mask)),
-        "parity/log_prob_abs_diff_max": float(difference.max()),
-    }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from mrl.algorithms.estimators import EstimatorSettings, build_estimator
 from mrl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
 from mrl.algorithms.policy_losses import PolicyLoss, build_policy_loss
-from mrl.config.actor import ActorConfig
+from mrl.algorithms.policy_losses.gpg import GPG
+from mrl.algorithms.rollout_correction import Divergence, Rejection, RolloutCorrection, Scope, Weighting
 from mrl.config.algorithm import GREEDY_ESTIMATORS, KLCtrlConfig
+from mrl.config.rollout_correction import Bounds, RolloutCorrectionConfig
 from mrl.config.schema import PPOConfig
 from mrl.rewards.overlong import OverlongPenalty
 from mrl.trainer.advantages import AdvantageStage
+from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.group_filter import GroupFilter
 from mrl.trainer.ppo import LoopSettings
 from mrl.types import SamplingParams
@@ -64,9 +68,11 @@ def val_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingP
 
 def policy_objective(config: PPOConfig) -> PolicyObjective:
     """What the actor minimises."""
+    correction = config.algorithm.rollout_correction
     actor = config.actor_rollout_ref.actor
     return PolicyObjective(
-        policy_loss=_policy_loss(actor),
+        policy_loss=_policy_loss(config),
+        correction=rollout_correction(correction) if correction.bypass_mode else None,
         loss_agg_mode=actor.loss_agg_mode,
         loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         entropy_coeff=actor.entropy_coeff,
@@ -76,7 +82,44 @@ def policy_objective(config: PPOConfig) -> PolicyObjective:
     )
 
 
-def _policy_loss(actor: ActorConfig) -> PolicyLoss:
+def correction_stage(config: PPOConfig) -> CorrectionStage:
+    """What is made of the mismatch between trainer and engine before advantages are computed."""
+    settings = config.algorithm.rollout_correction
+    return CorrectionStage(correction=rollout_correction(settings), bypass_mode=settings.bypass_mode)
+
+
+def rollout_correction(settings: RolloutCorrectionConfig) -> RolloutCorrection:
+    """Weights and rejection by their settings."""
+    bounds = settings.weight_bounds
+    return RolloutCorrection(
+        weighting=_weighting(settings),
+        rejections=tuple(_rejection(name, bounds) for name, bounds in settings.rejections),
+        ratio_bounds=(bounds.lower or 1 / bounds.upper, bounds.upper),
+    )
+
+
+def _weighting(settings: RolloutCorrectionConfig) -> Weighting | None:
+    # In bypass mode PPO's ratio is that of trainer to engine already.
+    if settings.rollout_is is None or (settings.bypass_mode and settings.loss_type == "ppo_clip"):
+        return None
+    lower, upper = settings.weight_bounds
+    return Weighting(
+        level=settings.rollout_is, upper=upper, lower=lower, batch_normalize=settings.rollout_is_batch_normalize
+    )
+
+
+def _rejection(name: str, bounds: Bounds) -> Rejection:
+    scope, _, divergence = name.rpartition("_")
+    return Rejection(
+        scope=cast(Scope, scope), divergence=cast(Divergence, divergence), lower=bounds.lower, upper=bounds.upper
+    )
+
+
+def _policy_loss(config: PPOConfig) -> PolicyLoss:
+    correction = config.algorithm.rollout_correction
+    if correction.bypass_mode and correction.loss_type == "reinforce":
+        return GPG()
+    actor = config.actor_rollout_ref.actor
     settings = actor.policy_loss
     return build_policy_loss(
         settings.loss_mode,

@@ -27,6 +27,7 @@ from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
 from mrl.trainer.advantages import AdvantageStage
 from mrl.trainer.collection import SampleCollector
+from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.ppo import ActorRole, CriticRole, LoopSettings, PPOTrainer, ReferenceRole
 from mrl.trainer.samples import SampleWriter
@@ -141,6 +142,7 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         )),
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
         reference=ReferenceRole(engine=reference, micro_batch_size=4),
+        correction=CorrectionStage(),
         advantages=AdvantageStage(
             estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl", n_samples_per_prompt=1,
             kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),

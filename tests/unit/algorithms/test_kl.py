@@ -1,12 +1,15 @@
 """KL estimates, the in-reward penalty and its controllers."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from mrl.algorithms.kl import KL_KINDS, AdaptiveKLController, FixedKLController, apply_kl_penalty, compute_kl
 
+VERL = json.loads((Path(__file__).parents[2] / "data" / "verl_0_9_1" / "kl.json").read_text())
 LOG_2 = math.log(2.0)
 
 
@@ -35,6 +38,24 @@ def test_second_names_and_plus_variants_have_the_same_values() -> None:
         if not kind.endswith("+"):
             plain, plus = (compute_kl(log_probs, ref_log_probs, name) for name in (kind, f"{kind}+"))
             assert torch.equal(plain, plus)
+
+
+@pytest.mark.parametrize("case", VERL["cases"], ids=lambda case: case["kind"])
+def test_values_and_gradients_are_verls(case) -> None:
+    """Also beyond the bounds of k3: log-ratios of 2.9, 29.5 and -40."""
+    leaf = torch.tensor(VERL["inputs"]["log_probs"], dtype=torch.float64, requires_grad=True)
+    found = compute_kl(leaf, torch.tensor(VERL["inputs"]["ref_log_probs"], dtype=torch.float64), case["kind"])
+    found.sum().backward()
+    assert found.tolist() == pytest.approx(case["value"], rel=1e-9)
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == pytest.approx(case["gradient"], rel=1e-9)
+
+
+def test_the_adaptive_controller_takes_verls_steps() -> None:
+    controller = AdaptiveKLController(0.02, target_kl=0.1, horizon=1000)
+    for current_kl, n_steps, kl_coef in VERL["controller"]:
+        controller.update(current_kl, n_steps)
+        assert controller.kl_coef == pytest.approx(kl_coef, rel=1e-11)
 
 
 def exact_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from mrl.config.keys import find_leaf
 from mrl.config.load import load_config
 
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "ref", "rollout"))
+CORRECTION = "algorithm.rollout_correction"
 NO_VALIDATION = "trainer.val_before_train=False"
 
 
@@ -105,6 +106,26 @@ CASES = [
         [f"{ACTOR}.policy_loss.loss_mode=sapo", "critic.loss_agg_mode=token-mean"],
         "no other term",
         [f"{ACTOR}.entropy_coeff=0.01"],
+    ),
+    (f"{CORRECTION}.loss_type=reinforce", [], "bypass_mode is False", [f"{CORRECTION}.bypass_mode=True"]),
+    (
+        f"{CORRECTION}.rollout_is=token",
+        [f"{CORRECTION}.bypass_mode=True"],
+        "that of trainer to engine already",
+        [f"{CORRECTION}.loss_type=reinforce"],
+    ),
+    (
+        f"{CORRECTION}.rollout_is_batch_normalize=True",
+        [],
+        "there are no weights",
+        [f"{CORRECTION}.rollout_is=sequence"],
+    ),
+    (f"{CORRECTION}.rollout_rs_threshold=2", [], "nothing is rejected", [f"{CORRECTION}.rollout_rs=token_k1"]),
+    (
+        f"{ACTOR}.clip_ratio_high=0.3",
+        [f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.loss_type=reinforce"],
+        "takes it",
+        [f"{CORRECTION}.loss_type=ppo_clip"],
     ),
     (
         f"{ACTOR}.loss_scale_factor=100",

@@ -16,6 +16,7 @@ from mrl.config.schema import PPOConfig
 
 ROOT = Path(__file__).parents[3]
 ACTOR = "actor_rollout_ref.actor"
+CORRECTION = "algorithm.rollout_correction"
 
 
 def test_yaml_files_hold_every_key_of_the_schema_with_its_default():
@@ -52,6 +53,45 @@ def test_the_key_table_is_up_to_date():
         (f"{ACTOR}.policy_loss.clip_cov_lb=6", r"clip_cov_lb = 6\.0 must be below clip_cov_ub = 5\.0"),
         (f"{ACTOR}.policy_loss.kl_cov_ratio=2", r"policy_loss\.kl_cov_ratio = 2\.0 must be at most 1"),
         (f"{ACTOR}.clip_ratio_low=1.5", r"actor\.clip_ratio_low = 1\.5 must be at most 1"),
+        (
+            f"{CORRECTION}.bypass_mode=True {CORRECTION}.rollout_is=token {CORRECTION}.rollout_is_batch_normalize=True",
+            r"rollout_correction\.rollout_is_batch_normalize = True, but bypass_mode = True",
+        ),
+        (
+            f"{CORRECTION}.bypass_mode=True {ACTOR}.policy_loss.loss_mode=gspo",
+            r"bypass_mode = True chooses the loss by loss_type = ppo_clip, but .*loss_mode = gspo",
+        ),
+        (
+            f"{CORRECTION}.rollout_is=token {CORRECTION}.rollout_is_threshold=0.5_5.0 "
+            f"{ACTOR}.policy_loss.loss_mode=geo_mean",
+            r"rollout_is_threshold = 0\.5_5\.0 sets weights of tokens to 0",
+        ),
+        (
+            f"{CORRECTION}.rollout_is_threshold=0.5_5",
+            r"rollout_is_threshold = 0\.55 leaves out the ratio 1.*quotes",
+        ),
+        (f"{CORRECTION}.rollout_is_threshold=two", r"rollout_is_threshold = 'two' must be a number, or two"),
+        (f"{CORRECTION}.rollout_is_threshold=-1", r"rollout_is_threshold = -1\.0 must be positive"),
+        (
+            f"{CORRECTION}.rollout_rs=seq_max_k1",
+            r"rollout_rs = 'seq_max_k1' is unknown; choose from token_k1, ",
+        ),
+        (
+            f"{CORRECTION}.rollout_rs=token_k1",
+            r"rollout_rs_threshold has 0 bound.s., but rollout_rs has 1 test.s.: token_k1",
+        ),
+        (
+            f"{CORRECTION}.rollout_rs=[token_k1,token_k2,token_k3] {CORRECTION}.rollout_rs_threshold=[2,3]",
+            r"rollout_rs_threshold has 2 bound.s., but rollout_rs has 3 test.s.: token_k1, token_k2, token_k3",
+        ),
+        (
+            f"{CORRECTION}.rollout_rs=token_k2 {CORRECTION}.rollout_rs_threshold=0.5_2.0",
+            r"rollout_rs_threshold of token_k2 = '0\.5_2\.0': a divergence has an upper bound only",
+        ),
+        (
+            f"{CORRECTION}.rollout_rs=seq_mean_k1 {CORRECTION}.rollout_rs_threshold=1.1_1.2",
+            r"rollout_rs_threshold of seq_mean_k1 = '1\.1_1\.2' leaves out the ratio 1",
+        ),
         ("data.train_batch_size=32", r"ppo_mini_batch_size = 256 is larger than data\.train_batch_size = 32"),
         ("data.train_batch_size=300", r"ppo_mini_batch_size = 256 does not divide data\.train_batch_size = 300"),
         ("critic.ppo_mini_batch_size=300", r"critic\.ppo_mini_batch_size = 300 does not divide"),
