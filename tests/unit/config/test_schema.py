@@ -78,7 +78,7 @@ def test_the_key_table_is_up_to_date():
         ),
         (
             f"{CORRECTION}.rollout_rs=token_k1",
-            r"rollout_rs_threshold has 0 bound.s., but rollout_rs has 1 test.s.: token_k1",
+            r"_threshold has 0 bound.s., but rollout_rs has 1 test.s.: token_k1",
         ),
         (
             f"{CORRECTION}.rollout_rs=[token_k1,token_k2,token_k3] {CORRECTION}.rollout_rs_threshold=[2,3]",
