@@ -18,7 +18,10 @@ from ranks import run_on_ranks
 from mrl.algorithms.estimators.gae import GAE
 from mrl.algorithms.kl import AdaptiveKLController
 from mrl.algorithms.objectives import PolicyObjective, ValueObjective
+from mrl.algorithms.policy_losses import PolicyLoss
+from mrl.algorithms.policy_losses.kl_cov import KLCov
 from mrl.algorithms.policy_losses.vanilla import Vanilla
+from mrl.algorithms.rollout_correction import Rejection, RolloutCorrection, Weighting
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.data.loader import PromptLoader
@@ -41,6 +44,9 @@ GAMMA, LAM, KL_COEF, TARGET_KL, HORIZON = 0.99, 0.95, 0.1, 0.05, 40
 CLIP_LOW, CLIP_HIGH, CLIP_C, CLIP_VALUE = 0.1, 0.15, 1.5, 0.2
 ENTROPY_COEFF, KL_LOSS_COEF = 0.01, 0.05
 ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-4, 2e-3, 1e-3, 0.1, 0.5
+
+CLIPPED = Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C)
+NO_CORRECTION = RolloutCorrection()
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}),
@@ -115,7 +121,15 @@ def setups(folders: dict[str, str], actor: dict[str, Any], critic: dict[str, Any
     return [setup("actor", actor, ACTOR_LR), setup("critic", critic, CRITIC_LR), setup("reference", actor, None)]
 
 
-def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict[str, Any], world_size: int) -> Any:
+def train(
+    folders: dict[str, str],
+    actor_axes: dict[str, Any],
+    critic_axes: dict[str, Any],
+    world_size: int,
+    *,
+    policy_loss: PolicyLoss = CLIPPED,
+    correction: RolloutCorrection = NO_CORRECTION,
+) -> Any:
     """Metrics of every step and the actor's final weights (those on rank 0)."""
     actor, critic, reference = (build_engine(setup) for setup in setups(folders, actor_axes, critic_axes, world_size))
     steps = [record(seed) for seed in range(STEPS)]
@@ -137,12 +151,12 @@ def train(folders: dict[str, str], actor_axes: dict[str, Any], critic_axes: dict
         ),
         phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
         actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(
-            policy_loss=Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C),
-            entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF, kl_loss_type="low_var_kl",
+            policy_loss=policy_loss, entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF,
+            kl_loss_type="low_var_kl",
         )),
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
         reference=ReferenceRole(engine=reference, micro_batch_size=4),
-        correction=CorrectionStage(),
+        correction=CorrectionStage(correction=correction),
         advantages=AdvantageStage(
             estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl", n_samples_per_prompt=1,
             kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
@@ -322,3 +336,22 @@ def test_one_rank_equals_the_single_process_reference(folders, solo):
 def test_every_layout_equals_the_single_process_reference(folders, solo, layout):
     actor_axes, critic_axes = LAYOUTS[layout]
     check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8), 8)[0], solo)
+
+
+def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_another_layout(folders):
+    """Its tokens are selected over a mini-batch, its weights are of sequences, and some sequences are rejected."""
+    rule = Rejection(scope="seq_mean", divergence="k1", lower=0.93, upper=1.07)
+    options = {
+        "policy_loss": KLCov(kl_cov_ratio=0.2, ppo_kl_coef=0.5),
+        "correction": RolloutCorrection(weighting=Weighting(level="sequence", upper=1.1), rejections=(rule,)),
+    }
+    alone_log, alone_weights = run_on_ranks(lambda: train(folders, {}, {}, 1, **options), 1)[0]
+    areas = ("actor/", "critic/", "parity/", "rollout_corr/")
+    wanted = [{key: value for key, value in metrics.items() if key.startswith(areas)} for metrics in alone_log]
+    actor_axes, critic_axes = LAYOUTS["tp2 pp2 dp2, critic tp1 pp2 dp4"]
+    spread = run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8, **options), 8)[0]
+    check(spread, (wanted, alone_weights))
+    for metrics in wanted:
+        assert 0 < metrics["rollout_corr/rollout_rs_seq_masked_fraction"] < 1, "nothing or everything was rejected"
+        assert 0 < metrics["rollout_corr/rollout_is_ratio_fraction_high"] < 1, "no weight was truncated"
+        assert 0.1 < metrics["actor/kl_cov_fraction"] <= 0.2
