@@ -26,7 +26,7 @@ class LossNorm:
     num_tokens: int
     """Trained tokens."""
     num_sequences: int
-    """Sequences with at least one trained token; the others do not count, as in verl."""
+    """Sequences with at least one trained token; the others have no mean and count nowhere."""
     loss_scale_factor: float | None = None
     """Constant divisor of `seq-mean-token-sum-norm`; verl's default for it is the longest response allowed."""
 

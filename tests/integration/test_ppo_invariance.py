@@ -46,7 +46,7 @@ ENTROPY_COEFF, KL_LOSS_COEF = 0.01, 0.05
 ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-4, 2e-3, 1e-3, 0.1, 0.5
 
 CLIPPED = Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C)
-NO_CORRECTION = RolloutCorrection()
+NO_CORRECTION = CorrectionStage()
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}),
@@ -128,7 +128,7 @@ def train(
     world_size: int,
     *,
     policy_loss: PolicyLoss = CLIPPED,
-    correction: RolloutCorrection = NO_CORRECTION,
+    correction: CorrectionStage = NO_CORRECTION,
 ) -> Any:
     """Metrics of every step and the actor's final weights (those on rank 0)."""
     actor, critic, reference = (build_engine(setup) for setup in setups(folders, actor_axes, critic_axes, world_size))
@@ -151,12 +151,13 @@ def train(
         ),
         phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
         actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(
-            policy_loss=policy_loss, entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF,
+            policy_loss=policy_loss, correction=correction.correction if correction.bypass_mode else None,
+            entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF,
             kl_loss_type="low_var_kl",
         )),
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
         reference=ReferenceRole(engine=reference, micro_batch_size=4),
-        correction=CorrectionStage(correction=correction),
+        correction=correction,
         advantages=AdvantageStage(
             estimator=GAE(gamma=GAMMA, lam=LAM), kl_penalty="kl", n_samples_per_prompt=1,
             kl_controller=AdaptiveKLController(KL_COEF, target_kl=TARGET_KL, horizon=HORIZON * NUM_PROMPTS),
@@ -338,13 +339,15 @@ def test_every_layout_equals_the_single_process_reference(folders, solo, layout)
     check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8), 8)[0], solo)
 
 
+RULE = Rejection(scope="seq_mean", divergence="k1", lower=0.93, upper=1.07)
+
+
 def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_another_layout(folders):
     """Its tokens are selected over a mini-batch, its weights are of sequences, and some sequences are rejected."""
-    rule = Rejection(scope="seq_mean", divergence="k1", lower=0.93, upper=1.07)
+    correction = RolloutCorrection(weighting=Weighting(level="sequence", upper=1.1), rejections=(RULE,))
     options = {
-        "policy_loss": KLCov(kl_cov_ratio=0.2, ppo_kl_coef=0.5),
-        "correction": RolloutCorrection(weighting=Weighting(level="sequence", upper=1.1), rejections=(rule,)),
-    }
+        "policy_loss": KLCov(kl_cov_ratio=0.2, ppo_kl_coef=0.5), "correction": CorrectionStage(correction=correction)
+    }  # fmt: skip
     alone_log, alone_weights = run_on_ranks(lambda: train(folders, {}, {}, 1, **options), 1)[0]
     areas = ("actor/", "critic/", "parity/", "rollout_corr/")
     wanted = [{key: value for key, value in metrics.items() if key.startswith(areas)} for metrics in alone_log]
@@ -355,3 +358,17 @@ def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_an
         assert 0 < metrics["rollout_corr/rollout_rs_seq_masked_fraction"] < 1, "nothing or everything was rejected"
         assert 0 < metrics["rollout_corr/rollout_is_ratio_fraction_high"] < 1, "no weight was truncated"
         assert 0.1 < metrics["actor/kl_cov_fraction"] <= 0.2
+
+
+def test_bypass_mode_leaves_out_the_pass_for_old_log_probs_and_corrects_in_the_update(folders):
+    correction = CorrectionStage(correction=RolloutCorrection(rejections=(RULE,)), bypass_mode=True)
+    log, _ = run_on_ranks(lambda: train(folders, {}, {}, 1, correction=correction), 1)[0]
+    for metrics in log:
+        assert "time/log_prob_s" not in metrics
+        assert not any(key.startswith("parity/") for key in metrics)
+        assert 0 < metrics["actor/rollout_rs_masked_fraction"] < 1
+    # Before the first step actor and reference are equal, so that the KL in the reward is that of the engine's samples.
+    recorded = [log_prob for sample in record(0) for log_prob in sample.generation.rollout_log_probs]
+    assert set(recorded) == {-5.5}
+    assert log[0]["actor/ref_kl"] == pytest.approx(log[0]["actor/rollout_kl_k1"], abs=0.05)
+    assert abs(log[0]["actor/ref_kl"]) > 1e-3
