@@ -45,6 +45,8 @@ CLIP_LOW, CLIP_HIGH, CLIP_C, CLIP_VALUE = 0.1, 0.15, 1.5, 0.2
 ENTROPY_COEFF, KL_LOSS_COEF = 0.01, 0.05
 ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-4, 2e-3, 1e-3, 0.1, 0.5
 
+# About the model's mean, so that ratios of tokens and of sequences lie on both sides of 1.
+ROLLOUT_LOG_PROB = -6.6
 CLIPPED = Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C)
 NO_CORRECTION = CorrectionStage()
 
@@ -93,7 +95,10 @@ def record(seed: int) -> list[Sample]:
         response = ids(1, 12)
         prompt = Prompt(uid=str(row), token_ids=ids(2, 8), messages=[], data_source="recorded")
         generation = Generation(
-            response_ids=response, rollout_log_probs=[-5.5] * len(response), finish_reason="stop", weight_version=0
+            response_ids=response,
+            rollout_log_probs=[ROLLOUT_LOG_PROB] * len(response),
+            finish_reason="stop",
+            weight_version=0,
         )
         samples.append(Sample(prompt=prompt, generation=generation))
     return samples
@@ -339,7 +344,7 @@ def test_every_layout_equals_the_single_process_reference(folders, solo, layout)
     check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8), 8)[0], solo)
 
 
-RULE = Rejection(scope="seq_mean", divergence="k1", lower=0.93, upper=1.07)
+RULE = Rejection(scope="seq_mean", divergence="k1", lower=0.6, upper=1.6)
 
 
 def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_another_layout(folders):
@@ -368,7 +373,5 @@ def test_bypass_mode_leaves_out_the_pass_for_old_log_probs_and_corrects_in_the_u
         assert not any(key.startswith("parity/") for key in metrics)
         assert 0 < metrics["actor/rollout_rs_masked_fraction"] < 1
     # Before the first step actor and reference are equal, so that the KL in the reward is that of the engine's samples.
-    recorded = [log_prob for sample in record(0) for log_prob in sample.generation.rollout_log_probs]
-    assert set(recorded) == {-5.5}
     assert log[0]["actor/ref_kl"] == pytest.approx(log[0]["actor/rollout_kl_k1"], abs=0.05)
-    assert abs(log[0]["actor/ref_kl"]) > 1e-3
+    assert abs(log[0]["actor/ref_kl"]) > 0.07
