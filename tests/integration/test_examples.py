@@ -49,7 +49,9 @@ def run_example(name: str, folder: Path, **more: str) -> tuple[Outcome, list[dic
 
 
 def read_samples(run: Path, step: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / f"samples/train/{step}.jsonl").read_text().splitlines()]
+    """The samples of a step, with the row of each prompt in place of the run's own path to it."""
+    samples = [json.loads(line) for line in (run / f"samples/train/{step}.jsonl").read_text().splitlines()]
+    return [{**sample, "uid": sample["uid"].rpartition(":")[2]} for sample in samples]
 
 
 def test_ppo_has_a_critic(tmp_path):
