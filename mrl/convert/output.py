@@ -32,9 +32,9 @@ def output_folder(path: Path, *, num_bytes: int, overwrite: bool) -> Iterator[Pa
         ConvertError: `path` is a file or not empty, or the disk has too little space.
     """
     path = path.expanduser().absolute()
-    _check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    _clear_leftovers(path)
+    _check_target(path, overwrite=overwrite)
     _check_space(path.parent, num_bytes)
     scratch = _beside(path, "converting")
     scratch.mkdir()
@@ -64,25 +64,34 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 
 
 def _publish(scratch: Path, path: Path) -> None:
-    """Give `scratch` its name; a folder that has it is moved aside first, so that one of them always has it whole."""
+    """Give `scratch` its name; a folder that has it is moved aside first, and back if that fails."""
     if path.exists():
         replaced = _beside(path, "replaced")
-        path.rename(replaced)
-        scratch.rename(path)
+        try:
+            path.rename(replaced)
+            scratch.rename(path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            raise
+        sync_folder(path.parent)
         shutil.rmtree(replaced)
     else:
         scratch.rename(path)
-    sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}-{os.getpid()}")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what conversions to the same place left that were killed."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"converting-(\d+)$")
-    for item in path.parent.iterdir():
+def _clear_leftovers(path: Path) -> None:
+    """Undo what conversions to the same place that were killed have left."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(converting|replaced)-(\d+)$")
+    for item in sorted(path.parent.iterdir()):
         match = pattern.match(item.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(item)
+        if match and not psutil.pid_exists(int(match[2])):
+            if match[1] == "replaced" and not path.exists():
+                item.rename(path)
+            else:
+                shutil.rmtree(item)

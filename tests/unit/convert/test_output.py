@@ -88,7 +88,7 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_written(tmp_
     assert contents(tmp_path) == []
 
 
-def test_what_a_killed_conversion_left_is_removed_and_a_running_ones_is_not(tmp_path):
+def test_what_a_killed_conversion_left_is_undone_and_a_running_ones_is_not(tmp_path):
     child = os.fork()
     if child == 0:
         with output_folder(tmp_path / "out", num_bytes=0, overwrite=False) as folder:
@@ -96,9 +96,19 @@ def test_what_a_killed_conversion_left_is_removed_and_a_running_ones_is_not(tmp_
             os._exit(0)
     os.waitpid(child, 0)
     assert contents(tmp_path) == [f".out.converting-{child}"]
+    # Killed between two renames, a conversion has moved what it was to replace.
+    (tmp_path / f".out.replaced-{child}").mkdir()
+    (tmp_path / f".out.replaced-{child}/old").write_text("old")
+    with (
+        pytest.raises(ConvertError, match="not empty"),
+        output_folder(tmp_path / "out", num_bytes=0, overwrite=False),
+    ):
+        pytest.fail("the block was entered")
+    assert contents(tmp_path / "out") == ["old"]
     running = tmp_path / f".out.converting-{os.getppid()}"
     running.mkdir()
-    with output_folder(tmp_path / "out", num_bytes=0, overwrite=False) as folder:
+    with output_folder(tmp_path / "out", num_bytes=0, overwrite=True) as folder:
         (folder / "all").write_text("whole")
-        assert not (tmp_path / "out").exists()
+        assert contents(tmp_path / "out") == ["old"]
     assert contents(tmp_path) == [running.name, "out"]
+    assert contents(tmp_path / "out") == ["all"]
