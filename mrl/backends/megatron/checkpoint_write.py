@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mrl.interfaces import CheckpointError
-from mrl.parallel.agreement import broadcast_result, gather_results
+from mrl.parallel.agreement import broadcast_result
 
 # Asked for while a save is planned. Megatron's queue lives in a process that it spawns for it, which imports __main__
 # again; nothing is sent through it here.
@@ -47,7 +47,7 @@ class PlanOnly(TorchDistSaveShardedStrategy):
 
 
 class HostBuffer:
-    """Pinned host memory for copies of device tensors; it grows to what the largest save needs and is kept."""
+    """Host memory, pinned if there is CUDA, for copies of tensors; it grows to the largest save and is kept."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -62,12 +62,12 @@ class HostBuffer:
         if self._buffer.numel() < size:
             # First the old memory goes, then the new one comes.
             self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         copies = []
         for tensor, offset in zip(tensors, offsets, strict=True):
             target = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies.append(target.copy_(tensor, non_blocking=True))
-        if tensors:
+        if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.synchronize()
         return copies
 
@@ -116,8 +116,10 @@ class StagedCheckpoint:
         Raises:
             CheckpointError: the system refused; on all ranks.
         """
-        results = gather_results(lambda: self._results)
-        broadcast_result(lambda: self._write_metadata(results))
+        results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        # One entry for each tensor of each rank: nobody else needs them.
+        dist.gather_object(self._results, results, dst=0)
+        broadcast_result(lambda: self._write_metadata(results or []))
 
     def _write_metadata(self, results: list[list[WriteResult]]) -> None:
         plan = self._plan
@@ -165,8 +167,8 @@ def _write_file(path: Path, storage_key: str, items: Iterable[tuple[WriteItem, A
         try:
             stream = _Stream(descriptor)
             for item, data in items:
-                on_host = data.cpu() if isinstance(data, Tensor) else data
-                results.append(_write_item_to(stream, on_host, item, storage_key))
+                contents = _compact(data) if isinstance(data, Tensor) else data
+                results.append(_write_item_to(stream, contents, item, storage_key))
                 if stream.error is not None:
                     raise stream.error
             os.fsync(descriptor)
@@ -175,6 +177,12 @@ def _write_file(path: Path, storage_key: str, items: Iterable[tuple[WriteItem, A
     except OSError as error:
         raise _failed(path, error) from error
     return results
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor on the host without the rest of its storage, all of which `torch.save` would write."""
+    host = tensor.cpu()
+    return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()
 
 
 def _write_item_to(stream: _Stream, data: Any, item: WriteItem, storage_key: str) -> WriteResult:
