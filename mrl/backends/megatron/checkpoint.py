@@ -79,7 +79,8 @@ def load_role(parts: EngineParts, folder: Path, contents: Collection[str]) -> No
     for number, chunk in enumerate(parts.chunks):
         chunk.bare.load_state_dict(loaded[f"model{number}"], strict=True)
     if resumes_optimizer:
-        _keep_hyperparameters(loaded["optimizer"], training)
+        for inner, state in _by_optimizer(training, loaded["optimizer"]):
+            _keep_hyperparameters(state, inner)
         training.optimizer.load_state_dict(loaded["optimizer"])
     else:
         training.optimizer.reload_model_params()
@@ -103,9 +104,9 @@ def _sharded_models(parts: EngineParts) -> dict[str, Any]:
 
 def _sharded_state(parts: EngineParts, *, is_loading: bool) -> dict[str, Any]:
     training, models = _training(parts), _sharded_models(parts)
-    inner = _inner(training)
-    # A role that has made no step yet, as in the critic's warm-up, has no moments: they are zero.
-    inner.init_state_fn(inner.optimizer, inner.config)
+    for inner in _inner_optimizers(training):
+        # A role that has made no step yet, as in the critic's warm-up, has no moments: they are zero.
+        inner.init_state_fn(inner.optimizer, inner.config)
     by_parameter = models if len(models) > 1 else {"model": models["model0"]}
     optimizer = training.optimizer.sharded_state_dict(by_parameter, is_loading=is_loading, metadata=_metadata(parts))
     return {**models, "optimizer": optimizer, "num_updates": training.scheduler.num_steps}
@@ -118,26 +119,37 @@ def _metadata(parts: EngineParts) -> dict[str, Any]:
 
 def _live_storages(parts: EngineParts) -> set[int]:
     """Addresses of the memory that training changes in place: what a checkpoint must not refer to."""
-    inner = _inner(_training(parts)).optimizer
+    inner = [each.optimizer for each in _inner_optimizers(_training(parts))]
     tensors = chain(
         (tensor for chunk in parts.chunks for tensor in chain(chunk.bare.parameters(), chunk.bare.buffers())),
-        (value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)),
-        (parameter for group in inner.param_groups for parameter in group["params"]),
+        (
+            value
+            for each in inner
+            for state in each.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ),
+        (parameter for each in inner for group in each.param_groups for parameter in group["params"]),
     )
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _inner(training: TrainingParts) -> Any:
-    optimizers = getattr(training.optimizer, "chained_optimizers", [training.optimizer])
-    assert len(optimizers) == 1, f"a dense model has one optimizer, not {len(optimizers)}"
-    return optimizers[0]
+def _inner_optimizers(training: TrainingParts) -> list[Any]:
+    """One, and another one for a model's experts, whose replicas are others."""
+    return list(getattr(training.optimizer, "chained_optimizers", [training.optimizer]))
 
 
-def _keep_hyperparameters(loaded: dict[str, Any], training: TrainingParts) -> None:
+def _by_optimizer(training: TrainingParts, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Each inner optimizer with its part of a whole state."""
+    inner = _inner_optimizers(training)
+    return [(inner[0], state)] if len(inner) == 1 else [(each, state[number]) for number, each in enumerate(inner)]
+
+
+def _keep_hyperparameters(loaded: dict[str, Any], inner: Any) -> None:
     """Replace the checkpoint's parameter groups with the current ones, but for the number of steps made."""
     holder = loaded if "param_groups" in loaded else loaded["optimizer"]
     step = max(int(group.get("step", 0)) for group in holder["param_groups"])
-    current = _inner(training).state_dict()
+    current = inner.state_dict()
     groups = (current if "param_groups" in current else current["optimizer"])["param_groups"]
     holder["param_groups"] = [{**group, "step": step} for group in groups]
 
