@@ -63,13 +63,6 @@ CASES: dict[str, tuple[str, str, bool, list[dict[str, Any]], list[dict[str, Any]
         [{"ep": 4}, {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}],
         [{"ep": 4}, {"pp": 2, "vpp": 2, "ep": 2}],
     ),
-    "experts": (
-        "actor",
-        "mixtral",
-        True,
-        [{"ep": 4}, {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}],
-        [{"ep": 4}, {"pp": 2, "vpp": 2, "ep": 2}],
-    ),
     "critic, plain optimizer": (
         "critic",
         "llama",
@@ -86,7 +79,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("models")
     return {
         "qwen2": save_tiny_model(folder / "qwen2", "qwen2", vocab_size=VOCAB, kv_heads=4),
-        "mixtral": save_tiny_model(folder / "mixtral", "mixtral", vocab_size=VOCAB, kv_heads=2),
         "mixtral": save_tiny_model(folder / "mixtral", "mixtral", vocab_size=VOCAB, kv_heads=2),
         "llama": save_tiny_model(folder / "llama", "llama", vocab_size=VOCAB, kv_heads=2, tied=True),
     }
