@@ -12,6 +12,7 @@ _COMMANDS = {
     "demo": ("mrl.trainer.demo", "train on the embedded task; no GPU, no download"),
     "convert": ("mrl.convert.command", "convert, reshard, compare and verify checkpoints; no GPU"),
     "plan": ("mrl.trainer.show_plan", "show layouts, sizes and memory of a run, without the GPUs it is for"),
+    "serve-judge": ("mrl.backends.sglang.server", "serve a model that judges responses, for reward.judge.url"),
     "report": ("mrl.observability.report", "summarize a run's folder"),
     "reshard-check": ("mrl.reshard.check", "compare a reshard bitwise with SGLang's own loaders, without a GPU"),
 }

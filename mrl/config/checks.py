@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mrl.config.errors import ConfigError
 from mrl.config.section import Section
 
@@ -28,6 +30,14 @@ def within(section: Section, low: float, high: float, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{name} = {value} must lie in [{low}, {high}]")
+
+
+def finite(section: Section, *names: str) -> None:
+    """Raise ConfigError if a named field is infinite or not a number; null passes."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} = {value} must be a finite number")
 
 
 def positive_or_unset(section: Section, *names: str) -> None:

@@ -316,6 +316,11 @@ _RUN_RULES = (
         reason="reward.custom_reward_function.path is null, so it names no function",
     ),
     _Rule(
+        keys=("reward.judge.",),
+        when=lambda config: config.reward.judge.url is None,
+        reason="reward.judge.url is null, so no judge is asked",
+    ),
+    _Rule(
         keys=("reward.verifiers",),
         when=lambda config: all(part.path or part.verifier for part in config.reward.parts.values()),
         reason="no reward is left to the verifier of each sample's data source",

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mrl.config.checks import at_least, more_than
+from mrl.config.checks import at_least, finite, more_than
 from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict
+from mrl.config.judge import JudgeConfig
 from mrl.config.reward_shaping import RewardKwargsConfig, RewardManagerConfig
 from mrl.config.section import Section, field_types
 
 OnFailure = Literal["zero", "raise"]
 Verifier = Literal["embedded", "exact_match", "gsm8k", "json_schema", "math_verify", "reasoning_gym"]
 
-_RESERVED_NAMES = ("mean", "min", "max", "failed", "overlong", "overlong_reward")
+_RESERVED_NAMES = ("mean", "min", "max", "failed", "overlong", "overlong_reward", "judge")
 """`reward/<name>` of these is something else."""
 
 
@@ -54,7 +54,7 @@ class RewardFunctionConfig(Section):
 
     def check(self) -> None:
         more_than(self, 0, "timeout_s")
-        _check_finite(self, "weight")
+        finite(self, "weight")
         if self.path is not None and self.verifier is not None:
             raise ConfigError(f"path = {self.path} and verifier = {self.verifier} are both set; keep one")
         if self.path is None and self.name != "compute_score":
@@ -79,6 +79,8 @@ class RewardConfig(Section):
     verifiers: Mapping[str, Any] = field(default_factory=FrozenDict)
     """Built-in verifier by data source (shell patterns such as `math_*` too): embedded, exact_match, gsm8k,
     json_schema, math_verify or reasoning_gym, or a mapping with its `name` and its arguments."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """A language model that scores samples, besides `functions` or alone."""
     num_workers: int = 8
     """Samples scored at the same time; several functions share them."""
     timeout_s: float = 60.0
@@ -88,13 +90,17 @@ class RewardConfig(Section):
 
     @property
     def parts(self) -> Mapping[str, RewardFunctionConfig]:
-        """The functions that score, by name; one alone that needs none has an empty name."""
+        """The functions that score, by name; one alone that needs none has an empty name.
+
+        A judge takes the place of the verifiers unless `functions` ask for them.
+        """
         if self.functions:
             return {name: _build_function(name, values) for name, values in self.functions.items()}
         custom = self.custom_reward_function
         if custom.path is None:
-            return {"": RewardFunctionConfig()}
-        return {"": RewardFunctionConfig(path=custom.path, name=custom.name, reward_kwargs=custom.reward_kwargs)}
+            return {} if self.judge.url is not None else {"": RewardFunctionConfig()}
+        name = "" if self.judge.url is None else "custom"
+        return {name: RewardFunctionConfig(path=custom.path, name=custom.name, reward_kwargs=custom.reward_kwargs)}
 
     def check(self) -> None:
         at_least(self, 1, "num_workers")
@@ -104,15 +110,17 @@ class RewardConfig(Section):
                 f"custom_reward_function.path = {self.custom_reward_function.path} and functions = "
                 f"{', '.join(self.functions)} are both set; move the function into reward.functions"
             )
-        if not any(part.weight for part in self.parts.values()):
-            raise ConfigError("functions: every weight is 0, so every reward would be; set one to another number")
+        weights = [part.weight for part in self.parts.values()]
+        weights += [self.judge.weight] if self.judge.url is not None else []
+        if not any(weights):
+            raise ConfigError("every weight is 0, so every reward would be; set one to another number")
 
 
 def _build_function(name: str, values: Any) -> RewardFunctionConfig:
     if not re.fullmatch(r"[\w.-]+", name) or name in _RESERVED_NAMES:
         raise ConfigError(
             f"functions: {name!r} cannot name a reward; use letters, digits, '_', '-' and '.', and none of "
-            f"{', '.join(_RESERVED_NAMES)}, which are logged already"
+            f"{', '.join(_RESERVED_NAMES)}, which are names of other things"
         )
     if not isinstance(values, Mapping):
         raise ConfigError(f"functions.{name} = {values!r} is a section; set the keys inside it")
@@ -124,9 +132,3 @@ def _build_function(name: str, values: Any) -> RewardFunctionConfig:
         return RewardFunctionConfig(**values)
     except ConfigError as error:
         raise ConfigError(f"functions.{name}.{error}") from None
-
-
-def _check_finite(section: Section, *names: str) -> None:
-    for name in names:
-        if not math.isfinite(getattr(section, name)):
-            raise ConfigError(f"{name} = {getattr(section, name)} must be a finite number")

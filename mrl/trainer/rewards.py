@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mrl.config.frozen import thaw
 from mrl.config.reward import RewardConfig, RewardFunctionConfig
-from mrl.rewards import rules
+from mrl.rewards import json_schema, rules
 from mrl.rewards.function import FunctionReward
+from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat, find_model
 from mrl.rewards.part import RewardPart
 from mrl.rewards.weighted import WeightedReward
 
 
 def check_rewards(settings: RewardConfig, data_sources: Collection[str]) -> None:
-    """Check what can be checked without starting anything.
+    """Check what can be checked without starting anything; a judge has to answer.
 
     Raises:
-        ValueError: a file that does not exist, an unknown verifier or argument, a data source without a verifier.
+        ValueError: a file that does not exist, an unknown verifier or argument, a data source without a verifier, a
+            judge that does not answer or is another model.
     """
     rules.check_verifiers(thaw(settings.verifiers))
     for name, part in settings.parts.items():
@@ -29,6 +31,11 @@ def check_rewards(settings: RewardConfig, data_sources: Collection[str]) -> None
         except ValueError as error:
             key = f"reward.functions.{name}" if name else "reward"
             raise ValueError(f"{key}: {error}") from error
+    if settings.judge.url is not None:
+        judge = judge_settings(settings)
+        if judge.score.schema is not None:
+            json_schema.check_schema(judge.score.schema)
+        find_model(judge)
 
 
 def build_reward(settings: RewardConfig) -> WeightedReward:
@@ -37,24 +44,60 @@ def build_reward(settings: RewardConfig) -> WeightedReward:
     Raises:
         ValueError: a file does not import or lacks its function.
     """
-    cores, configured = os.cpu_count() or 1, settings.parts
-    num_workers = max(1, min(settings.num_workers, cores) // len(configured))
-    parts: list[RewardPart] = []
     with ExitStack() as on_error:
-        for name, part in configured.items():
-            scorer = FunctionReward(
-                path=part.path,
-                name=part.name,
-                kwargs=_arguments(settings, part),
-                num_workers=num_workers,
-                timeout_s=part.timeout_s or settings.timeout_s,
-            )
-            on_error.callback(scorer.close)
-            scorer.check_function()
-            on_failure = part.on_failure or settings.on_failure
-            parts.append(RewardPart(name=name, scorer=scorer, weight=part.weight, on_failure=on_failure))
+        parts = [*_function_parts(settings, on_error), *_judge_parts(settings)]
         on_error.pop_all()
     return WeightedReward(parts)
+
+
+def _function_parts(settings: RewardConfig, on_error: ExitStack) -> Iterator[RewardPart]:
+    cores, configured = os.cpu_count() or 1, settings.parts
+    num_workers = max(1, min(settings.num_workers, cores) // max(1, len(configured)))
+    for name, part in configured.items():
+        scorer = FunctionReward(
+            path=part.path,
+            name=part.name,
+            kwargs=_arguments(settings, part),
+            num_workers=num_workers,
+            timeout_s=part.timeout_s or settings.timeout_s,
+        )
+        on_error.callback(scorer.close)
+        scorer.check_function()
+        on_failure = part.on_failure or settings.on_failure
+        yield RewardPart(name=name, scorer=scorer, weight=part.weight, on_failure=on_failure)
+
+
+def _judge_parts(settings: RewardConfig) -> Iterator[RewardPart]:
+    judge = settings.judge
+    if judge.url is not None:
+        scorer = JudgeReward(judge_settings(settings))
+        on_failure = judge.on_failure or settings.on_failure
+        yield RewardPart(name="judge", scorer=scorer, weight=judge.weight, on_failure=on_failure)
+
+
+def judge_settings(settings: RewardConfig) -> JudgeSettings:
+    """What the judge is asked, and how its answers are read."""
+    judge = settings.judge
+    assert judge.url is not None, "this run has no judge"
+    return JudgeSettings(
+        url=judge.url,
+        model=judge.model,
+        api_key_env=judge.api_key_env,
+        system_prompt=judge.system_prompt,
+        prompt_template=judge.prompt_template,
+        score=ScoreFormat(
+            regex=judge.score_regex,
+            schema=thaw(judge.score_schema) or None,
+            minimum=judge.min_score,
+            maximum=judge.max_score,
+        ),
+        max_new_tokens=judge.max_new_tokens,
+        temperature=judge.temperature,
+        request_kwargs=thaw(judge.request_kwargs),
+        max_concurrent=judge.max_concurrent,
+        max_retries=judge.max_retries,
+        timeout_s=judge.timeout_s or settings.timeout_s,
+    )
 
 
 def _check_part(settings: RewardConfig, part: RewardFunctionConfig, data_sources: Collection[str]) -> None:

@@ -19,6 +19,7 @@ def report(*overrides):
 
 # The setting that does nothing, what surrounds it, the reason, and what would make it act.
 CASES = [
+    ("reward.judge.max_new_tokens=4", [], "no judge is asked", ["reward.judge.url=http://host:30000/v1"]),
     (
         "reward.verifiers.my_task=exact_match",
         ["reward.functions.a={verifier: gsm8k}"],

@@ -28,6 +28,13 @@ def test_functions_are_named_parts_with_keys_of_their_own():
     assert (style.path, style.name, style.on_failure, style.timeout_s) == ("r.py", "style", "raise", 3.0)
 
 
+def test_a_judge_takes_the_place_of_the_verifiers_unless_they_are_asked_for():
+    url = "reward.judge.url=http://host:30000/v1"
+    assert dict(load_config([url]).reward.parts) == {}
+    assert list(load_config([url, "reward.functions.rule={}"]).reward.parts) == ["rule"]
+    assert list(load_config([url, "reward.custom_reward_function.path=r.py"]).reward.parts) == ["custom"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -43,6 +50,16 @@ def test_functions_are_named_parts_with_keys_of_their_own():
         ("reward.functions.a={verifier: gsm8k, path: r.py}", r"path = r\.py and verifier = gsm8k are both set"),
         ("reward.functions.a.name=f", r"name = f is a function of a file, but path is null"),
         ("reward.functions.a={} reward.custom_reward_function.path=r.py", r"path = r\.py and functions = a are both"),
+        ("reward.judge.url=localhost", r"reward\.judge\.url = localhost must begin with http"),
+        ("reward.judge.prompt_template=Rate", r"prompt_template does not name \{response\}"),
+        ("reward.judge.prompt_template='{response} {answer}'", r"names \{answer\}; known are \{prompt\}"),
+        ("reward.judge.prompt_template='{response'", r"reward\.judge\.prompt_template: .*braces that are text"),
+        ("reward.judge.score_regex='('", r"score_regex = '\(' is not a regular expression"),
+        ("reward.judge.score_regex=x", r"score_regex = 'x' has no group"),
+        ("reward.judge.score_regex=null", r"exactly one tells where the score is"),
+        ("reward.judge.score_schema={type: object}", r"exactly one tells where the score is"),
+        ("reward.judge.min_score=10", r"min_score = 10\.0 must be below max_score = 10\.0"),
+        ("reward.judge.url=http://x/v1 reward.judge.weight=0", r"every weight is 0"),
         ("reward.on_failure=ignore", r"reward\.on_failure = 'ignore' must be one of 'zero', 'raise'"),
     ],
 )

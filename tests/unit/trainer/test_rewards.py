@@ -67,6 +67,11 @@ def test_functions_verifiers_and_their_policies_come_from_the_configuration(rewa
         (["reward.functions.a.path=/nowhere/r.py"], r"reward\.functions\.a: path = /nowhere/r\.py does not exist"),
         ([], r"reward: no verifier for data_source 'trivia'"),
         (["reward.functions={a: {verifier: gsm8k}, b: {}}"], r"reward\.functions\.b: no verifier for data_source"),
+        (["reward.judge.url=http://127.0.0.1:9/v1"], r"judge at http://127\.0\.0\.1:9/v1 does not answer"),
+        (
+            ["reward.judge={url: http://x/v1, score_regex: null, score_schema: {type: text}}"],
+            r"not a JSON Schema: 'text'",
+        ),
         (["reward.verifiers.trivia=exact"], r"'trivia': there is no verifier 'exact'"),
         (["reward.functions.a={verifier: gsm8k, reward_kwargs: {x: 1}}"], r"functions\.a: .*takes gsm8k_method, not x"),
         (

@@ -1,0 +1,102 @@
+"""`mrl serve-judge`: SGLang's HTTP server, also where there is no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mrl.backends.sglang.arguments import child_environment, server_args
+from mrl.backends.sglang.preload import preload_sglang
+from mrl.observability.console import setup_logging
+
+logger = logging.getLogger(__name__)
+
+_OF_ROLLOUTS = ("skip_tokenizer_init", "load_format", "custom_weight_loader", "weight_version")
+"""Arguments of an engine that takes and gives token ids and has its weights from a trainer."""
+_CPU_ONLY = {
+    # SGLang would take half of the machine's memory for its cache.
+    "max_total_tokens": 16384,
+    # Its masks have no CPU kernel: a request with a `response_format` would end the server.
+    "grammar_backend": "none",
+    # It asks for text in English, of which a small alphabet may leave no token.
+    "skip_server_warmup": True,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve a model until a signal ends it; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="mrl serve-judge",
+        description="Serve a model by SGLang at http://HOST:PORT/v1, for reward.judge.url. Further options are "
+        "SGLang's own (--tp 2, --mem-fraction-static 0.8, ...).",
+    )
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", default="30000")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments, more = parser.parse_known_args(argv)
+    setup_logging(rank=0)
+    if not os.path.isfile(os.path.join(arguments.model, "config.json")):
+        logger.error("%s is not a Hugging Face model folder: it has no config.json", arguments.model)
+        return 2
+    preload_sglang()
+    values = {"log_level": "warning", **(_cpu_arguments() if arguments.device == "cpu" else {})}
+    values |= {"model_path": arguments.model, "host": arguments.host, "port": arguments.port}
+    _serve([*_flags({**values, "device": arguments.device}), *more])
+    return 0
+
+
+def _cpu_arguments() -> dict[str, Any]:
+    values = server_args("cpu", log_level="warning", **_CPU_ONLY)
+    return {name: value for name, value in values.items() if name not in _OF_ROLLOUTS}
+
+
+def _serve(flags: list[str]) -> None:
+    import sglang.srt.entrypoints.engine as sglang_engine
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    parsed = prepare_server_args(flags)
+    if parsed.device == "cpu":
+        os.environ.update(child_environment("cpu", parsed.tp_size))
+        sglang_engine.mp = _Forking()
+
+    def announce() -> None:
+        logger.info("judge %s answers at http://%s:%s/v1", parsed.model_path, parsed.host, parsed.port)
+
+    try:
+        launch_server(parsed, launch_callback=announce)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+class _Forking:
+    """Stands in for `multiprocessing` while SGLang starts its processes: they inherit what is imported here."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self.Process = context.Process
+        self.Pipe = context.Pipe
+
+    def set_start_method(self, method: str, force: bool = False) -> None:
+        """Keep forking."""
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    """SGLang's command-line options of its arguments' names."""
+    flags: list[str] = []
+    for name, value in values.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""A judge served by SGLang in a process forked from the preloaded test process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from mrl.backends.megatron.preload import preload_megatron
+from mrl.backends.sglang.preload import preload_sglang
+
+
+@contextmanager
+def served_judge(model: Path, log: Path) -> Iterator[str]:
+    """Serve a model folder; yields the URL for `reward.judge.url`. Nothing of it is left when the block ends."""
+    preload_megatron()
+    preload_sglang()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(str(model), str(port), log))
+    process.start()
+    family = [psutil.Process(process.pid)]
+    try:
+        _wait_ready(f"http://127.0.0.1:{port}/v1/models", process, log)
+        family += family[0].children(recursive=True)
+        yield f"http://127.0.0.1:{port}/v1"
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+    finally:
+        for relative in family:
+            if relative.is_running():
+                relative.kill()
+        process.join(10)
+    assert process.exitcode == 0, log.read_text()
+
+
+def _serve(model: str, port: str, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from mrl.backends.sglang import server
+
+    status = server.main([model, "--port", port])
+    os._exit(status)
+
+
+def _wait_ready(url: str, process: multiprocessing.Process, log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
