@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from mrl.backends.megatron.preload import preload_megatron
+from mrl.backends.sglang import server
 from mrl.backends.sglang.preload import preload_sglang
 
 
@@ -35,23 +37,21 @@ def served_judge(model: Path, log: Path) -> Iterator[str]:
         family += family[0].children(recursive=True)
         yield f"http://127.0.0.1:{port}/v1"
         os.kill(process.pid, signal.SIGTERM)
-        process.join(30)
+        process.join(60)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not [relative for relative in alive if relative.status() != psutil.STATUS_ZOMBIE], log.read_text()
     finally:
         for relative in family:
-            if relative.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 relative.kill()
         process.join(10)
-    assert process.exitcode == 0, log.read_text()
 
 
 def _serve(model: str, port: str, log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from mrl.backends.sglang import server
-
-    status = server.main([model, "--port", port])
-    os._exit(status)
+    os._exit(server.main([model, "--port", port]))
 
 
 def _wait_ready(url: str, process: multiprocessing.Process, log: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from judge_server import served_judge
-from sglang_jobs import in_own_process
 
 from mrl.data.embedded import materialise
-from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat, find_model
+from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat
+from mrl.rewards.worker import Outcome
 from mrl.types import Generation, Prompt, Sample
 
 pytestmark = pytest.mark.engine
@@ -25,24 +25,17 @@ def test_a_model_that_sglang_serves_judges_samples(tmp_path):
     model = materialise(tmp_path).actor_model
     samples = [make_sample("345", "6789"), make_sample("5", "6")]
 
-    def judge(url: str) -> tuple[list, list, list]:
-        def ask(score: ScoreFormat) -> list:
-            settings = JudgeSettings(
-                url=url,
-                prompt_template="{prompt}{response}",
-                score=score,
-                max_new_tokens=6,
-                model=find_model(settings_),
-            )
-            return JudgeReward(settings).score(samples, stop_at_failure=False)
-
-        settings_ = JudgeSettings(url=url, prompt_template="{response}", score=ScoreFormat(regex=r"(\d)"))
-        # Greedy, so the same twice; a random model does not write letters, which its alphabet lacks.
-        return ask(ScoreFormat(regex=r"(\d)")), ask(ScoreFormat(regex=r"(\d)")), ask(ScoreFormat(regex="score: (x)"))
+    def judge(url: str, regex: str) -> list[Outcome]:
+        settings = JudgeSettings(
+            url=url, prompt_template="{prompt}{response}", score=ScoreFormat(regex=regex), max_new_tokens=6
+        )
+        return JudgeReward(settings).score(samples, stop_at_failure=False)
 
     with served_judge(model, tmp_path / "judge.log") as url:
-        first, again, unreadable = in_own_process(judge, url)
-    assert first == again
+        first, again = judge(url, r"(\d)"), judge(url, r"(\d)")
+        # The model's alphabet has digits only.
+        unreadable = judge(url, "score: (x)")
+    assert first == again, "the judge is greedy"
     assert [outcome.error for outcome in first] == [None, None]
     assert all(outcome.score in range(10) for outcome in first)
     assert all("got an answer without 'score: (x)'" in str(outcome.error) for outcome in unreadable)
