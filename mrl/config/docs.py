@@ -56,7 +56,7 @@ def field_docs(section: type) -> dict[str, str]:
 
 
 def _spell(value: object) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,3 +203,8 @@ def _write_rows(path: Path, tasks: list[tuple[str, str]], split: str) -> None:
         for index, (question, answer) in enumerate(tasks)
     ]
     write_rows(path, rows)
+
+
+if __name__ == "__main__":
+    # For scripts: python -m mrl.data.embedded NAME FOLDER prints where the embedded NAME lies.
+    sys.stdout.write(resolve_embedded(PREFIX + sys.argv[1], Path(sys.argv[2])) + "\n")

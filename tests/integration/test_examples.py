@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_jobs import Outcome, run_command
+from judge_server import served_judge
 
+from mrl.data.embedded import materialise
 from mrl.observability.report import summarize_run
 
 pytestmark = pytest.mark.e2e
@@ -30,18 +31,21 @@ SMALL = {
 }
 
 
-def run_example(name: str, folder: Path, **more: str) -> tuple[Outcome, list[dict[str, float]]]:
+def run_example(name: str, folder: Path, *, judge_url: str = "", **more: str) -> tuple[Outcome, list[dict[str, float]]]:
     """The script's own command line, with smaller sizes at its end; and the metrics of all steps."""
+    show = folder / "show_arguments.sh"
+    show.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    show.chmod(0o755)
     settings = SMALL | {"trainer.default_local_dir": str(folder / "run")} | more
     overrides = [f"{key}={value}" for key, value in settings.items()]
     printed = subprocess.run(
         ["sh", str(EXAMPLES / f"{name}.sh"), *overrides],
-        env={**os.environ, "PYTHON": "echo"},
+        env={**os.environ, "PYTHON": str(show), "JUDGE_URL": judge_url},
         capture_output=True,
         text=True,
         check=True,
     )
-    module, *arguments = shlex.split(printed.stdout)[1:]
+    _, module, *arguments = printed.stdout.rstrip("\0").split("\0")
     assert module == "mrl.trainer.main_ppo"
     outcome = run_command(arguments, folder)
     metrics = folder / "run/metrics.jsonl"
@@ -123,3 +127,20 @@ def test_remax_scores_a_greedy_response_to_each_prompt(tmp_path):
     assert outcome.status == 0, outcome.output
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[-1]["actor/grad_norm"] > 0
+
+
+def test_a_served_judge_adds_its_scores(tmp_path):
+    model = materialise(tmp_path / "judge").actor_model
+    with served_judge(model, tmp_path / "judge.log") as url:
+        outcome, rows = run_example(
+            "judge_embedded",
+            tmp_path,
+            judge_url=url,
+            **{"trainer.total_training_steps": "1", "trainer.test_freq": "-1"},
+        )
+    assert outcome.status == 0, outcome.output
+    assert "does not act" not in outcome.output
+    [row] = rows
+    assert row["reward/mean"] == pytest.approx(row["reward/correct"] + 0.1 * row["reward/judge"], abs=1e-6)
+    assert 0.0 < row["reward/judge"] < 9.0
+    assert row["reward/judge/failed"] < 0.5
