@@ -22,6 +22,9 @@ ALIASES = {
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",
     "reward_model.num_workers": "reward.num_workers",
+    "reward_model.enable": "reward.reward_model.enable",
+    "reward_model.model.path": "reward.reward_model.model_path",
+    "reward_model.micro_batch_size_per_gpu": "reward.reward_model.micro_batch_size_per_gpu",
     "reward_model.reward_manager": "reward.reward_manager.name",
     "reward_model.reward_kwargs.max_resp_len": "reward.reward_kwargs.max_resp_len",
     **{

@@ -316,6 +316,11 @@ _RUN_RULES = (
         reason="reward.custom_reward_function.path is null, so it names no function",
     ),
     _Rule(
+        keys=("reward.reward_model.",),
+        when=lambda config: not config.reward.reward_model.enable,
+        reason="reward.reward_model.enable is False, so no reward model is built",
+    ),
+    _Rule(
         keys=("reward.judge.",),
         when=lambda config: config.reward.judge.url is None,
         reason="reward.judge.url is null, so no judge is asked",

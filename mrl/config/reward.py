@@ -11,13 +11,14 @@ from mrl.config.checks import at_least, finite, more_than
 from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict
 from mrl.config.judge import JudgeConfig
+from mrl.config.reward_model import RewardModelConfig
 from mrl.config.reward_shaping import RewardKwargsConfig, RewardManagerConfig
 from mrl.config.section import Section, field_types
 
 OnFailure = Literal["zero", "raise"]
 Verifier = Literal["embedded", "exact_match", "gsm8k", "json_schema", "math_verify", "reasoning_gym"]
 
-_RESERVED_NAMES = ("mean", "min", "max", "failed", "overlong", "overlong_reward", "judge")
+_RESERVED_NAMES = ("mean", "min", "max", "failed", "overlong", "overlong_reward", "judge", "reward_model")
 """`reward/<name>` of these is something else."""
 
 
@@ -79,6 +80,8 @@ class RewardConfig(Section):
     verifiers: Mapping[str, Any] = field(default_factory=FrozenDict)
     """Built-in verifier by data source (shell patterns such as `math_*` too): embedded, exact_match, gsm8k,
     json_schema, math_verify or reasoning_gym, or a mapping with its `name` and its arguments."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """A classifier that scores samples, besides `functions` or alone."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """A language model that scores samples, besides `functions` or alone."""
     num_workers: int = 8
@@ -89,17 +92,22 @@ class RewardConfig(Section):
     """A sample whose scoring fails, hangs or gives no finite number scores 0 (`reward/failed`), or ends the run."""
 
     @property
+    def uses_model(self) -> bool:
+        """Whether a judge or a reward model scores."""
+        return self.judge.url is not None or self.reward_model.enable
+
+    @property
     def parts(self) -> Mapping[str, RewardFunctionConfig]:
         """The functions that score, by name; one alone that needs none has an empty name.
 
-        A judge takes the place of the verifiers unless `functions` ask for them.
+        A judge or a reward model takes the place of the verifiers unless `functions` ask for them.
         """
         if self.functions:
             return {name: _build_function(name, values) for name, values in self.functions.items()}
         custom = self.custom_reward_function
         if custom.path is None:
-            return {} if self.judge.url is not None else {"": RewardFunctionConfig()}
-        name = "" if self.judge.url is None else "custom"
+            return {} if self.uses_model else {"": RewardFunctionConfig()}
+        name = "custom" if self.uses_model else ""
         return {name: RewardFunctionConfig(path=custom.path, name=custom.name, reward_kwargs=custom.reward_kwargs)}
 
     def check(self) -> None:
@@ -112,6 +120,7 @@ class RewardConfig(Section):
             )
         weights = [part.weight for part in self.parts.values()]
         weights += [self.judge.weight] if self.judge.url is not None else []
+        weights += [self.reward_model.weight] if self.reward_model.enable else []
         if not any(weights):
             raise ConfigError("every weight is 0, so every reward would be; set one to another number")
 

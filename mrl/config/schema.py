@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mrl.config.actor import ActorConfig, RefConfig
-from mrl.config.algorithm import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, AlgorithmConfig
+from mrl.config.algorithm import CRITIC_ESTIMATORS, GREEDY_ESTIMATORS, GROUP_ESTIMATORS, AlgorithmConfig
 from mrl.config.critic import CriticConfig
 from mrl.config.data import DataConfig
 from mrl.config.errors import ConfigError
@@ -71,6 +71,7 @@ class PPOConfig(Section):
         self._check_filter_groups()
         self._check_overlong()
         self._check_correction()
+        self._check_reward_model()
         self._check_lengths()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:
@@ -134,6 +135,20 @@ class PPOConfig(Section):
                 f"{self.gen_batch_size} prompts can never fill data.train_batch_size = {needed}; raise it or "
                 "data.gen_batch_size"
             )
+
+    def _check_reward_model(self) -> None:
+        """Its scores come when the engines have given the devices back."""
+        if not self.reward.reward_model.enable:
+            return
+        for key, active, why in (
+            ("filter_groups.enable", self.algorithm.filter_groups.enable, "prompts are replaced by their rewards"),
+            ("adv_estimator", self.algorithm.adv_estimator in GREEDY_ESTIMATORS, "greedy responses are scored"),
+        ):
+            if active:
+                raise ConfigError(
+                    f"reward.reward_model.enable = True scores samples after the rollout, but algorithm.{key} needs "
+                    f"them during it ({why}); use reward.judge or reward.functions, or another setting"
+                )
 
     def _check_overlong(self) -> None:
         settings, limit = self.reward.reward_kwargs, self.data.max_response_length

@@ -31,6 +31,9 @@ class MixtureOfExperts:
     """Whether the probabilities of a token's experts are scaled to a sum of 1."""
 
 
+_CLASSIFIER = "ForSequenceClassification"
+
+
 @dataclass(kw_only=True, frozen=True)
 class ModelSpec:
     """Shape of a decoder-only model, in Hugging Face's words."""
@@ -78,7 +81,31 @@ def load_spec(path: str | Path) -> ModelSpec:
     """
     from mrl.reshard.families import spec_from_config
 
+    return spec_from_config(_read_config(path))
+
+
+def load_classifier_spec(path: str | Path) -> ModelSpec:
+    """The spec of the backbone of a folder with a *ForSequenceClassification model of one label.
+
+    Raises:
+        ValueError: another kind of model, more labels, or what `load_spec` refuses.
+    """
+    from mrl.reshard.families import spec_from_config
+
+    config = _read_config(path)
+    architectures = config.get("architectures") or []
+    if not any(name.endswith(_CLASSIFIER) for name in architectures):
+        raise ValueError(f"{path} holds {architectures}, not a *{_CLASSIFIER} model with a score.weight")
+    # Without either field transformers gives a classifier two labels.
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise ValueError(f"the classifier of {path} has {labels} labels; a reward model has one (num_labels = 1)")
+    backbone = [name.replace(_CLASSIFIER, "ForCausalLM") for name in architectures]
+    return spec_from_config({**config, "architectures": backbone})
+
+
+def _read_config(path: str | Path) -> dict[str, Any]:
     config = Path(path) / "config.json"
     if not config.is_file():
         raise ValueError(f"{path} is not a Hugging Face model folder: {config} does not exist")
-    return spec_from_config(json.loads(config.read_text()))
+    return dict(json.loads(config.read_text()))

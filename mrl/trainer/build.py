@@ -29,8 +29,9 @@ from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.plan import RunPlan
 from mrl.trainer.ppo import ActorRole, CriticRole, PPOTrainer, ReferenceRole
 from mrl.trainer.resume import checkpoint_root
+from mrl.trainer.reward_model import RewardModelStage
 from mrl.trainer.rewards import build_reward
-from mrl.trainer.roles import actor_setup, critic_setup, reference_setup
+from mrl.trainer.roles import actor_setup, critic_setup, reference_setup, reward_model_setup
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.schedules import updates_per_step
 from mrl.trainer.scoring import Scorer
@@ -47,6 +48,7 @@ from mrl.trainer.settings import (
     value_objective,
 )
 from mrl.trainer.validation import Validator
+from mrl.types import Sample
 
 
 def run_rank(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvironment) -> None:
@@ -78,9 +80,11 @@ class _Roles:
     actor: MegatronEngine
     critic: MegatronEngine | None
     reference: MegatronEngine | None
+    reward_model: MegatronEngine | None
 
     def present(self) -> list[MegatronEngine]:
-        return [role for role in (self.actor, self.critic, self.reference) if role is not None]
+        roles = (self.actor, self.critic, self.reference, self.reward_model)
+        return [role for role in roles if role is not None]
 
 
 class _Builder:
@@ -103,6 +107,13 @@ class _Builder:
         rollout = self._rollout(sglang, roles.actor)
         scorer = self._scorer()
         checkpointer = self._checkpointer(roles)
+        phases = PhaseSwitch(
+            rollout=rollout,
+            roles=roles.present(),
+            engine_tags=engine_tags(config, plan),
+            allocated_gib=device_memory_in_use_gib,
+        )
+        reward_model = self._reward_model(roles)
         trainer = PPOTrainer(
             settings=loop_settings(config, self._total_steps),
             collector=SampleCollector(
@@ -116,21 +127,21 @@ class _Builder:
                 overlong_penalty=overlong_penalty(config),
                 baseline_sampling=baseline_sampling(config, inputs.eos_token_ids),
             ),
-            phases=PhaseSwitch(
-                rollout=rollout,
-                roles=roles.present(),
-                engine_tags=engine_tags(config, plan),
-                allocated_gib=device_memory_in_use_gib,
-            ),
+            phases=phases,
             actor=ActorRole(engine=roles.actor, objective=policy_objective(config), schedule=plan.actor_schedule),
             critic=self._critic(roles),
             reference=ReferenceRole(engine=roles.reference, micro_batch_size=plan.ref_micro_batch_size)
             if roles.reference
             else None,
             correction=correction_stage(config),
+            reward_model=reward_model,
             advantages=advantage_stage(config),
             pad_token_id=int(inputs.tokenizer.pad_token_id),
-            validator=self._validator(rollout, scorer),
+            validator=self._validator(
+                rollout,
+                scorer,
+                partial(reward_model.score_between_rollouts, phases=phases) if reward_model else None,
+            ),
             sample_writer=self._sample_writer(config.trainer.rollout_data_dir, "train"),
             trackers=self._trackers(),
             checkpointer=checkpointer,
@@ -151,7 +162,13 @@ class _Builder:
             critic_updates = self._total_steps * updates_per_step(plan.critic_schedule, samples_per_step)
             critic = self._engine(critic_setup(config, plan, total_updates=critic_updates))
         ref_setup = reference_setup(config, plan)
-        return _Roles(actor, critic, self._engine(ref_setup) if ref_setup else None)
+        score_setup = reward_model_setup(config, plan)
+        return _Roles(
+            actor,
+            critic,
+            self._engine(ref_setup) if ref_setup else None,
+            self._engine(score_setup) if score_setup else None,
+        )
 
     def _engine(self, setup: RoleSetup) -> MegatronEngine:
         engine = build_engine(setup)
@@ -163,6 +180,18 @@ class _Builder:
         if roles.critic is None or schedule is None:
             return None
         return CriticRole(engine=roles.critic, objective=value_objective(self._config), schedule=schedule)
+
+    def _reward_model(self, roles: _Roles) -> RewardModelStage | None:
+        encoder, settings = self._inputs.reward_encoder, self._config.reward.reward_model
+        if roles.reward_model is None or encoder is None:
+            return None
+        return RewardModelStage(
+            engine=roles.reward_model,
+            encoder=encoder,
+            micro_batch_size=self._plan.reward_model_micro_batch_size,
+            weight=settings.weight,
+            on_failure=settings.on_failure or self._config.reward.on_failure,
+        )
 
     def _rollout(self, sglang: SGLangEngine | None, actor: MegatronEngine) -> ColocatedRollout:
         config, plan = self._config, self._plan
@@ -181,7 +210,12 @@ class _Builder:
         self._stack.callback(scorer.close)
         return scorer
 
-    def _validator(self, rollout: ColocatedRollout, scorer: Scorer) -> Validator:
+    def _validator(
+        self,
+        rollout: ColocatedRollout,
+        scorer: Scorer,
+        add_model_scores: Callable[[list[Sample]], list[Sample]] | None,
+    ) -> Validator:
         config, inputs = self._config, self._inputs
         return Validator(
             prompts=inputs.val.prompts if inputs.val else (),
@@ -192,6 +226,7 @@ class _Builder:
             n_samples_per_prompt=config.actor_rollout_ref.rollout.val_kwargs.n,
             sample_writer=self._sample_writer(config.trainer.validation_data_dir, "val"),
             num_logged=config.trainer.log_val_generations,
+            add_model_scores=add_model_scores,
         )
 
     def _checkpointer(self, roles: _Roles) -> Checkpointer:

@@ -12,7 +12,8 @@ from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
 from mrl.data.loader import PromptLoader
 from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
-from mrl.trainer.plan import RunPlan
+from mrl.trainer.plan import RolePlan, RunPlan
+from mrl.trainer.reward_model import ConversationEncoder, load_encoder
 from mrl.trainer.rewards import check_rewards
 
 
@@ -25,6 +26,8 @@ class RunInputs:
     prompts: PromptLoader
     """Training prompts in the configured order."""
     val: PromptDataset | None
+    reward_encoder: ConversationEncoder | None
+    """How the reward model reads samples, if there is one."""
 
 
 def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
@@ -48,6 +51,7 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
         prompts=PromptLoader(train.prompts, batch_size=config.gen_batch_size, shuffle=data.shuffle, seed=seed),
         val=val,
+        reward_encoder=_load_reward_encoder(plan.reward_model),
     )
 
 
@@ -56,6 +60,13 @@ def count_steps(config: PPOConfig, loader: PromptLoader) -> int:
     trainer = config.trainer
     prompts = trainer.total_epochs * loader.batches_per_epoch * config.gen_batch_size
     return trainer.total_training_steps or max(1, prompts // config.data.train_batch_size)
+
+
+def _load_reward_encoder(role: RolePlan | None) -> ConversationEncoder | None:
+    if role is None:
+        return None
+    tokenizer = load_tokenizer(role.model_path)
+    return load_encoder(role.model_path, tokenizer, max_length=role.spec.max_position_embeddings)
 
 
 def _load(

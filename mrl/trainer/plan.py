@@ -20,13 +20,18 @@ from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_lay
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import count_params
 from mrl.reshard.hf_export import list_model_files
-from mrl.reshard.spec import ModelSpec, load_spec
+from mrl.reshard.spec import ModelSpec, load_classifier_spec, load_spec
 from mrl.trainer.job_memory import plan_memory, role_memory
 from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
 from mrl.trainer.memory_plan import MemoryPlan
 from mrl.trainer.resume import CurrentRole, ResumePoint, find_resume_point
-from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_micro_batch_size
+from mrl.trainer.schedules import (
+    actor_schedule,
+    critic_schedule,
+    reference_micro_batch_size,
+    reward_model_micro_batch_size,
+)
 from mrl.trainer.updates import UpdateSchedule
 
 # Shares of a rank's memory that an automatic layout may fill with a role's weights, gradients and optimizer state.
@@ -60,11 +65,13 @@ class RunPlan:
     actor: RolePlan
     critic: RolePlan | None
     reference: RolePlan | None
+    reward_model: RolePlan | None
     rollout_tp: int
     num_engines: int
     actor_schedule: UpdateSchedule
     critic_schedule: UpdateSchedule | None
     ref_micro_batch_size: int
+    reward_model_micro_batch_size: int
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
     actor_record: RoleRecord
@@ -87,6 +94,7 @@ class RunPlan:
             ("actor", str(self.actor)),
             ("critic", str(self.critic) if self.critic else "none: advantages need no values"),
             ("reference", str(self.reference) if self.reference else "none: no KL term is configured"),
+            *([("reward model", str(self.reward_model))] if self.reward_model else []),
             ("rollout", f"{self.num_engines} x SGLang at TP{self.rollout_tp}"),
             ("files", str(self.run_dir)),
             *([("resumes", str(self.resume))] if self.resume else []),
@@ -112,6 +120,7 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     reference = None
     if config.needs_reference:
         reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, machine, trained=False)
+    reward_model = _plan_reward_model(config, machine)
     _check_lengths(config, {"actor": actor, **({"critic": critic} if critic else {})})
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
     critic_record = _describe(critic, config.critic.megatron, is_critic=True) if critic else None
@@ -127,12 +136,16 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         actor=actor,
         critic=critic,
         reference=reference,
+        reward_model=reward_model,
         rollout_tp=shared.rollout.tensor_model_parallel_size,
         num_engines=num_engines,
-        memory=_plan_memory(config, machine, actor, critic, reference, num_engines=num_engines),
+        memory=_plan_memory(config, machine, actor, critic, reference, reward_model, num_engines=num_engines),
         actor_schedule=actor_schedule(config, actor.layout.dp),
         critic_schedule=critic_schedule(config, critic.layout.dp) if critic else None,
         ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
+        reward_model_micro_batch_size=reward_model_micro_batch_size(config, reward_model.layout.dp)
+        if reward_model
+        else 1,
         train_files=files.data(config.data.train_files),
         val_files=files.data(config.data.val_files) if trainer.validates else (),
         actor_record=actor_record,
@@ -166,10 +179,29 @@ class _Files:
         return tuple(str(Path(resolve_embedded(path, self._folder)).expanduser().absolute()) for path in paths)
 
 
+def _plan_reward_model(config: PPOConfig, machine: Machine) -> RolePlan | None:
+    settings = config.reward.reward_model
+    if not settings.enable:
+        return None
+    assert settings.model_path is not None, "the configuration requires it"
+    folder = Path(settings.model_path).expanduser().absolute()
+    if not folder.is_dir():
+        raise ValueError(f"reward.reward_model.model_path = {settings.model_path} does not exist; give a local folder")
+    spec = load_classifier_spec(folder)
+    return _plan_role(config, "reward.reward_model", settings.megatron, folder, machine, spec=spec, trained=False)
+
+
 def _plan_role(
-    config: PPOConfig, section: str, megatron: MegatronConfig, path: Path, machine: Machine, *, trained: bool
+    config: PPOConfig,
+    section: str,
+    megatron: MegatronConfig,
+    path: Path,
+    machine: Machine,
+    *,
+    trained: bool,
+    spec: ModelSpec | None = None,
 ) -> RolePlan:
-    spec = load_spec(path)
+    spec = spec or load_spec(path)
     try:
         layout = _layout(config, megatron, spec, machine, trained=trained)
         check_layout(layout, spec)
@@ -232,6 +264,7 @@ def _plan_memory(
     actor: RolePlan,
     critic: RolePlan | None,
     reference: RolePlan | None,
+    reward_model: RolePlan | None,
     *,
     num_engines: int,
 ) -> MemoryPlan:
@@ -240,6 +273,7 @@ def _plan_memory(
         ("actor", actor, shared.actor.megatron, True),
         ("critic", critic, config.critic.megatron, True),
         ("reference", reference, shared.ref.megatron, False),
+        ("reward model", reward_model, config.reward.reward_model.megatron, False),
     )
     held = [
         role_memory(name, role.spec, role.layout, megatron, trained=trained)

@@ -17,10 +17,11 @@ from mrl.trainer.checkpoint import Checkpointer, LoopState
 from mrl.trainer.collection import SampleCollector
 from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.phases import PhaseSwitch
+from mrl.trainer.reward_model import RewardModelStage
 from mrl.trainer.samples import SampleWriter, summarize_samples
 from mrl.trainer.updates import UpdateSchedule, update_role
 from mrl.trainer.validation import Validator
-from mrl.types import TrainBatch
+from mrl.types import Sample, TrainBatch
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class PPOTrainer:
     reference: ReferenceRole | None
     """None where no KL term is active."""
     correction: CorrectionStage
+    reward_model: RewardModelStage | None
+    """None where functions and judges alone score."""
     advantages: AdvantageStage
     pad_token_id: int
     validator: Validator
@@ -135,6 +138,7 @@ class PPOTrainer:
         with self._timer("step"):
             samples, metrics = self.collector.collect(self._timer)
             self.phases.to_training()
+            samples = self._add_model_scores(samples)
             self.sample_writer.write(samples, step=step)
             metrics |= summarize_samples(samples)
 
@@ -152,6 +156,12 @@ class PPOTrainer:
             self._save_if_due(step)
             metrics |= self.phases.to_rollout()
         return metrics | self._timer.take() | {"memory/peak_gib": peak_memory_gib()}
+
+    def _add_model_scores(self, samples: list[Sample]) -> list[Sample]:
+        if self.reward_model is None:
+            return samples
+        with self._timer("reward_model"):
+            return self.reward_model.score(samples)
 
     def _compute_log_probs(self, batch: TrainBatch) -> TrainBatch:
         batch = batch.with_fields(old_log_probs=self._old_log_probs(batch))

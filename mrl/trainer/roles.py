@@ -34,6 +34,13 @@ def reference_setup(config: PPOConfig, plan: RunPlan) -> RoleSetup | None:
     return _setup("reference", config, plan, plan.reference, config.actor_rollout_ref.ref.megatron)
 
 
+def reward_model_setup(config: PPOConfig, plan: RunPlan) -> RoleSetup | None:
+    """The classifier that scores samples, if there is one."""
+    if plan.reward_model is None:
+        return None
+    return _setup("reward_model", config, plan, plan.reward_model, config.reward.reward_model.megatron)
+
+
 def _trained(
     kind: Literal["actor", "critic"],
     config: PPOConfig,
@@ -57,7 +64,7 @@ def _trained(
 
 
 def _setup(
-    kind: Literal["actor", "critic", "reference"],
+    kind: Literal["actor", "critic", "reference", "reward_model"],
     config: PPOConfig,
     plan: RunPlan,
     role: RolePlan,

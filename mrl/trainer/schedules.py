@@ -84,6 +84,20 @@ def reference_micro_batch_size(config: PPOConfig, dp_size: int) -> int:
     )
 
 
+def reward_model_micro_batch_size(config: PPOConfig, dp_size: int) -> int:
+    """Samples per forward pass of the reward model.
+
+    Raises:
+        ConfigError: the size is not set.
+    """
+    return resolve_micro_batch_size(
+        config.reward.reward_model.micro_batch_size_per_gpu,
+        None,
+        dp_size,
+        key="reward.reward_model.micro_batch_size_per_gpu",
+    )
+
+
 def updates_per_step(schedule: UpdateSchedule, samples_per_step: int) -> int:
     """Optimizer steps that a role makes in one PPO step."""
     return schedule.epochs * -(-samples_per_step // schedule.mini_batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mrl.interfaces import Rollout
@@ -29,6 +29,8 @@ class Validator:
     sample_writer: SampleWriter
     num_logged: int
     """Samples shown in the log."""
+    add_model_scores: Callable[[list[Sample]], list[Sample]] | None = None
+    """Adds a reward model's scores while the engines have the devices; None without such a model."""
 
     def run(self, *, step: int) -> dict[str, float]:
         """`val/*` metrics: reward over all samples and per data source, best of n, seconds. Called by all ranks."""
@@ -38,6 +40,8 @@ class Validator:
         size = self.batch_size or len(self.prompts)
         batches = [self.prompts[first : first + size] for first in range(0, len(self.prompts), size)]
         samples = [sample for batch in batches for sample in self._sample(batch)]
+        if self.add_model_scores is not None:
+            samples = self.add_model_scores(samples)
         self.sample_writer.write(samples, step=step)
         for sample in samples[: self.num_logged]:
             logger.info("validation sample %s: %r, reward %s", sample.prompt.uid, sample.response_text, sample.reward)

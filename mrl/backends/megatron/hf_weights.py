@@ -15,6 +15,8 @@ from mrl.reshard.families.decoder import LM_HEAD
 from mrl.reshard.layout import Piece
 from mrl.reshard.spec import ModelSpec
 
+_SCORE = "score.weight"
+
 
 @torch.no_grad()
 def load_weights(
@@ -43,6 +45,17 @@ def load_weights(
         for name, parameter in parameters:
             pieces = megatron_pieces(spec, name, tuple(parameter.shape), tp_rank=tp_rank, tp_size=tp_size)
             _fill(parameter, pieces, weights)
+
+
+def read_score_weight(path: str | Path, spec: ModelSpec) -> Tensor:
+    """The output layer of a sequence classifier with one label, [1, hidden].
+
+    Raises:
+        ValueError: the folder has none, or one of another shape.
+    """
+    with open_weights(path, spec) as weights:
+        check_tensors(weights, {_SCORE: (1, spec.hidden_size)})
+        return read_piece(weights, Piece(_SCORE, 0, 0, 1, spec.hidden_size, 0, 0))
 
 
 def _fill(parameter: Tensor, pieces: list[Piece], weights: Weights) -> None:

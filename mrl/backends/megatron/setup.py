@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mrl.backends.megatron.buffers import flatten_parameters
 from mrl.backends.megatron.engine import EngineParts, MegatronEngine, TrainingParts
 from mrl.backends.megatron.groups import build_groups
-from mrl.backends.megatron.hf_weights import load_weights
+from mrl.backends.megatron.hf_weights import load_weights, read_score_weight
 from mrl.backends.megatron.model import ModelChunk, Recompute, build_chunks, transformer_config
 from mrl.backends.megatron.offload import OffloadSettings
 from mrl.backends.megatron.optimizer import (
@@ -40,7 +40,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class RoleSetup:
     """Everything that makes one role's engine."""
 
-    kind: Literal["actor", "critic", "reference"]
+    kind: Literal["actor", "critic", "reference", "reward_model"]
     model_path: str
     """Hugging Face folder or checkpoint with the initial weights."""
     spec: ModelSpec
@@ -62,8 +62,8 @@ class RoleSetup:
             raise ValueError(f"dtype = {self.dtype!r} is not supported by Megatron roles; use {' or '.join(_DTYPES)}")
         if self.layout.cp > 1:
             raise ValueError(f"context_parallel_size = {self.layout.cp} is not supported; set it to 1")
-        if self.kind == "reference" and self.optimizer is not None:
-            raise ValueError("a reference model is not trained; its optimizer must be None")
+        if self.kind in ("reference", "reward_model") and self.optimizer is not None:
+            raise ValueError(f"a {self.kind.replace('_', ' ')} is not trained; its optimizer must be None")
         if self.kind == "actor" and self.offload.parameters:
             raise ValueError("an actor's parameters stay on the device, where engines read them in place")
         check_layout(self.layout, self.spec)
@@ -79,7 +79,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
     if setup.layout.world_size != dist.get_world_size():
         raise ValueError(f"layout {setup.layout} is for {setup.layout.world_size} ranks, not {dist.get_world_size()}")
     device, dtype = torch.device(setup.device), _DTYPES[setup.dtype]
-    is_critic = setup.kind == "critic"
+    is_critic = setup.kind in ("critic", "reward_model")
     state = RoleState()
     with state:
         groups = build_groups(setup.layout, seed=setup.seed)
@@ -114,7 +114,10 @@ def _load(setup: RoleSetup, chunks: Sequence[ModelChunk], groups: ProcessGroupCo
     for chunk in chunks:
         head = getattr(chunk.bare, "output_layer", None)
         if isinstance(head, ValueHead):
-            head.reset(std=setup.value_head_std, seed=setup.seed)
+            if setup.kind == "reward_model":
+                head.load_score(read_score_weight(setup.model_path, setup.spec))
+            else:
+                head.reset(std=setup.value_head_std, seed=setup.seed)
             parameters = [item for item in parameters if not item[0].startswith("output_layer.")]
     load_weights(
         setup.model_path,
@@ -122,7 +125,7 @@ def _load(setup: RoleSetup, chunks: Sequence[ModelChunk], groups: ProcessGroupCo
         parameters,
         tp_rank=groups.tp.rank(),
         tp_size=groups.tp.size(),
-        backbone_only=setup.kind == "critic",
+        backbone_only=setup.kind in ("critic", "reward_model"),
     )
 
 

@@ -32,6 +32,12 @@ class ValueHead(torch.nn.Linear):
         self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * std)
         self.bias.zero_()
 
+    @torch.no_grad()
+    def load_score(self, weight: Tensor) -> None:
+        """Take a classifier's weight, [1, hidden]; it has no bias."""
+        self.weight.copy_(weight)
+        self.bias.zero_()
+
     def forward(  # type: ignore[override]
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:

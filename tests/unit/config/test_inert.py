@@ -19,6 +19,12 @@ def report(*overrides):
 
 # The setting that does nothing, what surrounds it, the reason, and what would make it act.
 CASES = [
+    (
+        "reward.reward_model.weight=0.5",
+        [],
+        "no reward model is built",
+        ["reward.reward_model.enable=True", "reward.reward_model.model_path=/x"],
+    ),
     ("reward.judge.max_new_tokens=4", [], "no judge is asked", ["reward.judge.url=http://host:30000/v1"]),
     (
         "reward.verifiers.my_task=exact_match",

@@ -88,6 +88,10 @@ def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_
         ([f"{ACTOR}.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is null"),
         (["critic.ppo_micro_batch_size_per_gpu=3"], "does not divide a mini-batch of 32"),
         (["actor_rollout_ref.model.path=/nowhere"], "/nowhere does not exist"),
+        (
+            ["reward.reward_model.enable=True", "reward.reward_model.model_path=/nowhere"],
+            r"reward\.reward_model\.model_path = /nowhere does not exist",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_numbers(run_dir, overrides, message):
