@@ -395,7 +395,7 @@ _CPU_RULES = (
             when=lambda config: True,
             reason="on CPU there is no device memory to offload from",
         )
-        for path in (_ACTOR, _REF, "critic")
+        for path in (_ACTOR, _REF, "critic", "reward.reward_model")
     ),
     _Rule(
         keys=(f"{_ROLLOUT}.enforce_eager", f"{_ROLLOUT}.free_cache_engine"),

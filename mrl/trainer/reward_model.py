@@ -33,11 +33,18 @@ class ConversationEncoder:
     """Of the model's config.json; the score is read at the last token that is another."""
 
     def encode(self, sample: Sample) -> list[int]:
-        """Token ids of the conversation, ended by the answer; may be too long."""
-        answer = {"role": "assistant", "content": sample.response_text}
-        return list(
-            self.tokenizer.apply_chat_template([*sample.prompt.messages, answer], tokenize=True, return_dict=False)
-        )
+        """Token ids of the conversation, ended by the answer; may be too long.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        turns = [*sample.prompt.messages, {"role": "assistant", "content": sample.response_text}]
+        try:
+            return list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+        except Exception as error:
+            raise ValueError(
+                f"row {sample.prompt.uid}: the reward model's chat template failed: {type(error).__name__}: {error}"
+            ) from error
 
     def scored_position(self, token_ids: Sequence[int]) -> int:
         """Where transformers' classifiers read the score: the last token that is not padding."""

@@ -202,6 +202,12 @@ CASES = [
     ("trainer.ray_wait_register_center_timeout=9", [], "launcher is not ray", ["trainer.launcher=ray"]),
     ("actor_rollout_ref.model.use_remove_padding=True", [], "padded to their longest", None),
     (f"{ACTOR}.megatron.optimizer_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=cuda"]),
+    (
+        "reward.reward_model.megatron.param_offload=True",
+        ["trainer.device=cpu", "reward.reward_model.enable=True", "reward.reward_model.model_path=/x"],
+        "no device memory",
+        ["trainer.device=cuda"],
+    ),
     ("critic.megatron.param_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=auto"]),
     (f"{ROLLOUT}.enforce_eager=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),
     (f"{ROLLOUT}.free_cache_engine=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),

@@ -112,3 +112,7 @@ def test_parts_run_at_the_same_time():
     parts = [RewardPart(name=name, scorer=Waiting(FORMAT), on_failure="raise") for name in ("x", "y")]
     [(reward, _)] = WeightedReward(parts)(make_samples("a"))
     assert math.isclose(reward, 1.0)
+
+
+def test_without_parts_every_reward_is_zero_until_a_model_adds_to_it():
+    assert WeightedReward([])(make_samples("a", "b")) == [(0.0, {}), (0.0, {})]

@@ -77,6 +77,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_encoder(tmp_path, tokenizer, max_length=8)
 
 
+def test_a_template_that_refuses_a_conversation_names_the_row():
+    stage = make_stage()
+    stage.encoder.tokenizer.chat_template = "{{ raise_exception('no assistant here') }}"
+    with pytest.raises(ValueError, match="row row 4: the reward model's chat template failed: .*no assistant here"):
+        stage.score([make_sample("4")])
+
+
 ENABLED = ["reward.reward_model.enable=True", "reward.reward_model.model_path=/x"]
 
 
