@@ -80,7 +80,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
 def test_a_template_that_refuses_a_conversation_names_the_row():
     stage = make_stage()
     stage.encoder.tokenizer.chat_template = "{{ raise_exception('no assistant here') }}"
-    with pytest.raises(ValueError, match="row row 4: the reward model's chat template failed: .*no assistant here"):
+    with pytest.raises(ValueError, match=r"row row 4: the reward model's chat template failed: .*no assistant here"):
         stage.score([make_sample("4")])
 
 
