@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mrl.backends.megatron.adam import FusedAdam
 from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.microbatches import plan_micro_batches
-from mrl.backends.megatron.model import padded_vocab_size
+from mrl.backends.megatron.model import is_expert_parameter, padded_vocab_size, shift_expert
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.rope import scaled_frequencies
 from mrl.reshard.spec import RopeScaling
@@ -98,6 +98,17 @@ def test_random_draws_of_a_role_are_its_own() -> None:
 @pytest.mark.parametrize(("size", "tp", "padded"), [(250, 2, 250), (250, 4, 252), (1, 8, 8)])
 def test_vocabulary_is_padded_to_a_multiple_of_tp(size, tp, padded) -> None:
     assert padded_vocab_size(size, tp) == padded
+
+
+def test_expert_numbers_become_global_in_both_spellings() -> None:
+    layer = "decoder.layers.7.mlp"
+    assert shift_expert(f"{layer}.experts.local_experts.3.linear_fc1.weight", 4) == (
+        f"{layer}.experts.local_experts.7.linear_fc1.weight"
+    )
+    assert shift_expert(f"{layer}.experts.linear_fc2.weight11", 4) == f"{layer}.experts.linear_fc2.weight15"
+    for name in (f"{layer}.router.weight", f"{layer}.linear_fc1.weight", "decoder.layers.1.input_layernorm.weight"):
+        assert shift_expert(name, 4) == name
+        assert not is_expert_parameter(name)
 
 
 @pytest.mark.parametrize("scaling", [(8.0, 1.0, 4.0, 8192), (32.0, 0.5, 3.0, 100)])
