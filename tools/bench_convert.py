@@ -60,6 +60,8 @@ class Measured:
     """One conversion, in a process of its own."""
 
     seconds: float
+    idle_s: float
+    """How long the command takes to start, imports included, and to end with nothing done."""
     idle_gib: float
     """Resident memory of the command with its imports, before it begins."""
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -127,13 +129,17 @@ def measure(arguments: Sequence[str]) -> Measured:
         status = process.wait()
     if status:
         raise RuntimeError(f"{' '.join(command)} ended with {status}")
-    return Measured(seconds=time.perf_counter() - start, idle_gib=idle_memory_gib(), curve=curve)
+    seconds = time.perf_counter() - start
+    idle_s, idle_gib = idle_cost()
+    return Measured(seconds=seconds, idle_s=idle_s, idle_gib=idle_gib, curve=curve)
 
 
-def idle_memory_gib() -> float:
-    """Resident memory of the command with its imports and nothing to do."""
+def idle_cost() -> tuple[float, float]:
+    """Seconds and resident GiB of the command with its imports and nothing to do."""
     code = "import os, psutil, mrl.convert.command; print(psutil.Process(os.getpid()).memory_info().rss)"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) / 2**30
+    start = time.perf_counter()
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return time.perf_counter() - start, int(output) / 2**30
 
 
 @contextmanager
@@ -168,6 +174,7 @@ def rows_of(case: str, result: Measured, num_bytes: int, rate: float, unit_gib: 
     ]
     return [
         Row(case=case, metric="time", value=result.seconds, unit="s"),
+        Row(case=case, metric="idle_time", value=result.idle_s, unit="s"),
         Row(case=case, metric="rate", value=reached, unit="GB/s", limit=rate, ratio=reached / rate),
         Row(case=case, metric="idle_rss", value=result.idle_gib, unit="GiB"),
         Row(

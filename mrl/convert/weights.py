@@ -14,8 +14,8 @@ from torch import Tensor
 from mrl.convert.errors import DamageError
 from mrl.reshard.layout import Piece
 
-BLOCK_BYTES = 32 * 2**20
-"""Tensors are streamed in blocks of whole rows of about this size."""
+BLOCK_BYTES = 8 * 2**20
+"""Tensors are streamed in blocks of whole rows of about this size: small enough for the allocator to use memory again."""
 
 
 @dataclass(frozen=True, slots=True)
