@@ -66,20 +66,18 @@ class PolicyObjective:
         self, output: ModelOutput, batch: TrainBatch, *, norm: LossNorm, policy_loss: BoundPolicyLoss
     ) -> tuple[Tensor, dict[str, Metric]]:
         metrics: dict[str, Metric] = {}
+        batch = _without_rejected(batch)
+        # What the denominators count, and hence what the metrics are means over.
+        counted = batch.loss_mask
         if self.correction is not None:
             batch, metrics = _correct(batch, output["log_probs"].detach(), self.correction, norm)
-        batch = _without_rejected(batch)
-        mask = batch.loss_mask
         inputs = _policy_inputs(output, batch)
         terms = policy_loss(inputs)
-        token_loss = terms.token_loss
-        if batch.rollout_is_weights is not None:
-            token_loss = token_loss * self.policy_loss.combine_weights(batch.rollout_is_weights, mask)
-        loss = aggregate_loss(token_loss, mask, self.policy_loss.loss_agg_mode or self.loss_agg_mode, norm)
-        metrics |= {"actor/pg_loss": _share(loss), **_policy_metrics(inputs, terms, norm)}
-        aggregate = partial(aggregate_loss, loss_mask=mask, mode=self.loss_agg_mode, norm=norm)
+        loss = self._aggregate_policy(terms.token_loss, batch, norm)
+        metrics |= {"actor/pg_loss": _share(loss), **_policy_metrics(inputs, terms, counted, norm)}
+        aggregate = partial(aggregate_loss, loss_mask=batch.loss_mask, mode=self.loss_agg_mode, norm=norm)
         if self.needs_entropy:
-            metrics["actor/entropy"] = Metric(token_mean(output["entropy"], mask, norm))
+            metrics["actor/entropy"] = Metric(token_mean(output["entropy"], counted, norm))
         if self.entropy_coeff != 0:
             loss = loss - self.entropy_coeff * aggregate(output["entropy"])
         if self.use_kl_loss:
@@ -87,6 +85,12 @@ class PolicyObjective:
             metrics["actor/kl_loss"] = _share(kl_loss)
             loss = loss + self.kl_loss_coef * kl_loss
         return loss, metrics
+
+    def _aggregate_policy(self, token_loss: Tensor, batch: TrainBatch, norm: LossNorm) -> Tensor:
+        mask = batch.loss_mask
+        if batch.rollout_is_weights is not None:
+            token_loss = token_loss * self.policy_loss.combine_weights(batch.rollout_is_weights, mask)
+        return aggregate_loss(token_loss, mask, self.policy_loss.loss_agg_mode or self.loss_agg_mode, norm)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -124,8 +128,11 @@ class ValueObjective:
 def _correct(
     batch: TrainBatch, log_probs: Tensor, correction: RolloutCorrection, norm: LossNorm
 ) -> tuple[TrainBatch, dict[str, Metric]]:
-    """Weights and rejection by the current policy. Denominators stay those of all trained tokens: how many of them a
-    mini-batch's other micro-batches reject is not known before they have run."""
+    """The batch with weights and without the tokens that are rejected, by the current policy.
+
+    Denominators stay those of all trained tokens: how many of them a mini-batch's other micro-batches reject is not
+    known before they have run.
+    """
     mask = batch.loss_mask
     log_ratio = log_probs - batch.required("rollout_log_probs")
     result = correction.compute(log_ratio, mask)
@@ -135,7 +142,8 @@ def _correct(
     }
     if result.accepted is not None:
         metrics["actor/rollout_rs_masked_fraction"] = Metric(token_mean(~result.accepted, mask, norm))
-    return batch.with_fields(rollout_is_weights=result.weights, accepted=result.accepted), metrics
+    corrected = batch.with_fields(rollout_is_weights=result.weights, accepted=result.accepted)
+    return _without_rejected(corrected), metrics
 
 
 def _without_rejected(batch: TrainBatch) -> TrainBatch:
@@ -154,8 +162,7 @@ def _policy_inputs(output: ModelOutput, batch: TrainBatch) -> PolicyInputs:
     )
 
 
-def _policy_metrics(inputs: PolicyInputs, terms: PolicyTerms, norm: LossNorm) -> dict[str, Metric]:
-    mask = inputs.loss_mask
+def _policy_metrics(inputs: PolicyInputs, terms: PolicyTerms, mask: Tensor, norm: LossNorm) -> dict[str, Metric]:
     return {
         # The k1 estimate of KL(old || new).
         "actor/kl": Metric(token_mean(-inputs.log_ratio, mask, norm)),

@@ -77,4 +77,5 @@ def test_bypass_mode_leaves_the_correction_to_the_objective():
     # The first sequence's ratios 1.9 (clipped to 1.2) and 1; the second is rejected, but counts in the mean over 4.
     assert loss.item() == pytest.approx(-(1.2 * 3 + 1) / 4)
     assert metrics["actor/rollout_rs_masked_fraction"].value.item() == 0.5
+    assert metrics["actor/ratio_mean"].value.item() == pytest.approx((1.9 + 1 + 1 + 0.25) / 4)
     assert metrics["actor/rollout_outside_fraction"].value.item() == 0.25
