@@ -18,6 +18,8 @@ from mrl.algorithms.policy_losses.base import (
 from mrl.algorithms.policy_losses.covariance import Covariance, smallest, token_priority
 from mrl.types import TrainBatch
 
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True)
 class _Selection:
@@ -34,6 +36,9 @@ class KLCov(PolicyLoss):
 
     N is the mini-batch's. verl 0.9.1 selects in each micro-batch, at least one token of it: with the default ratio of
     2e-4 and micro-batches of 1,000 tokens that is five times the ratio. Equal covariances are told apart by a hash.
+
+    |log r| has the gradient +-1 however small it is. In the first update after a rollout log r is rounding, and with it
+    the sign: up to 1e-4 it counts as 0 here, without gradient, so that rounding decides nothing in float32.
 
     Source: Cui et al., arXiv:2505.22617 (KL-Cov); |log r| as its code and verl's estimate the KL.
     """
@@ -64,7 +69,8 @@ class KLCov(PolicyLoss):
     def _compute(self, inputs: PolicyInputs, *, selection: _Selection) -> PolicyTerms:
         log_ratio = inputs.log_ratio
         ratio, selected = log_ratio.exp(), _selected(inputs, selection)
-        penalty = torch.where(selected, self.ppo_kl_coef * log_ratio.abs(), torch.zeros_like(log_ratio))
+        held = selected & (log_ratio.detach().abs() > _ROUNDING)
+        penalty = torch.where(held, self.ppo_kl_coef * log_ratio.abs(), torch.zeros_like(log_ratio))
         return PolicyTerms(
             token_loss=penalty - inputs.advantages * ratio,
             ratio=ratio.detach(),

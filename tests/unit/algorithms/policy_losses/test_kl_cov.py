@@ -21,6 +21,12 @@ def test_tokens_by_hand(evaluate):
     assert found.gradient[0] == pytest.approx([-2 * ratio - 0.5, -2 * ratio, -ratio - 0.5, -ratio, 6 * ratio, 0.0])
 
 
+def test_rounding_of_the_log_ratio_is_not_a_drift(evaluate):
+    loss = KLCov(kl_cov_ratio=1.0, ppo_kl_coef=0.5)
+    found = evaluate(loss, [[1e-6, -1e-6, 2e-4, -2e-4]], [[0.0, 0.0, 0.0, 1e-9]])
+    assert found.gradient[0] == pytest.approx([0, 0, 0.5, -0.5], abs=1e-6)
+
+
 @pytest.mark.parametrize(("ratio", "count"), [(0.001, 1), (0.4, 2), (1.0, 5)])
 def test_exactly_the_ratio_is_selected_even_among_equals(evaluate, ratio, count):
     for advantages in (ADVANTAGES, [[1.0] * 6]):  # the second: every covariance is 0
