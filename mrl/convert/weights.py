@@ -15,7 +15,7 @@ from mrl.convert.errors import DamageError
 from mrl.reshard.layout import Piece
 
 BLOCK_BYTES = 8 * 2**20
-"""Tensors are streamed in blocks of whole rows of about this size: small enough for the allocator to use memory again."""
+"""Tensors are streamed in blocks of about this size: small enough for the allocator to use memory again."""
 
 
 @dataclass(frozen=True, slots=True)
