@@ -132,12 +132,8 @@ def test_remax_scores_a_greedy_response_to_each_prompt(tmp_path):
 def test_a_served_judge_adds_its_scores(tmp_path):
     model = materialise(tmp_path / "judge").actor_model
     with served_judge(model, tmp_path / "judge.log") as url:
-        outcome, rows = run_example(
-            "judge_embedded",
-            tmp_path,
-            judge_url=url,
-            **{"trainer.total_training_steps": "1", "trainer.test_freq": "-1"},
-        )
+        more = {"trainer.total_training_steps": "1", "trainer.test_freq": "1"}
+        outcome, rows = run_example("judge_embedded", tmp_path, judge_url=url, **more)
     assert outcome.status == 0, outcome.output
     assert "does not act" not in outcome.output
     [row] = rows
