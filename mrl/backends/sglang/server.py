@@ -16,7 +16,8 @@ from mrl.backends.sglang.arguments import child_environment, server_args
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.observability.console import setup_logging
 
-logger = logging.getLogger(__name__)
+# Not by __name__, which is "__main__" under python -m: SGLang raises the level of all loggers but the package's.
+logger = logging.getLogger("mrl.backends.sglang.server")
 
 _OF_ROLLOUTS = ("skip_tokenizer_init", "load_format", "custom_weight_loader", "weight_version")
 """Arguments of an engine that takes and gives token ids and has its weights from a trainer."""
