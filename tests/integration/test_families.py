@@ -10,13 +10,24 @@ import sglang_jobs as jobs
 import torch
 import torch.distributed as dist
 from family_configs import FAMILY_CONFIGS
-from megatron_reference import TEMPERATURE, gather_hf_tensors, load_reference, make_batch, save_random_model
+from megatron_reference import (
+    OPTIMIZER,
+    TEMPERATURE,
+    gather_hf_tensors,
+    load_reference,
+    make_batch,
+    policy_loss,
+    save_random_model,
+)
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.preload import preload_sglang
+from mrl.convert.dist_checkpoint import DistCheckpoint
+from mrl.parallel.agreement import gather_results
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import families
 from mrl.reshard.spec import load_spec
@@ -92,6 +103,39 @@ def test_log_probs_equal_transformers_and_weights_come_back_bitwise(models) -> N
             for weights in copies:
                 assert weights.keys() == saved.keys()
                 assert all(torch.equal(weights[tensor], saved[tensor]) for tensor in saved), name
+
+
+def trained_experts(path: str) -> MegatronEngine:
+    layout = ParallelLayout(world_size=2, ep=2)
+    return build_engine(
+        RoleSetup(kind="actor", model_path=path, spec=load_spec(path), layout=layout, optimizer=OPTIMIZER)
+    )
+
+
+def test_a_checkpoint_of_experts_names_their_norm_as_transformer_engine_does(models, tmp_path) -> None:
+    def run() -> None:
+        staged = trained_experts(models["mixtral"]).stage_checkpoint(tmp_path, in_background=False)
+        gather_results(staged.write)
+        staged.finish()
+
+    run_on_ranks(run, 2)
+    keys = {key.removeprefix("decoder.layers.") for key in DistCheckpoint(tmp_path).tensors}
+    # There no linear layer follows it that it could be fused with, unlike the one before attention.
+    assert {"pre_mlp_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"} <= keys
+
+
+def test_a_gradient_that_is_infinite_in_one_expert_only_stops_the_step(models) -> None:
+    def run() -> str:
+        engine = trained_experts(models["mixtral"])
+        for name, parameter in engine.named_parameters():
+            # Rank 1 has experts 2 and 3.
+            if name == "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight":
+                parameter.register_hook(lambda gradient: gradient * torch.inf)
+        with pytest.raises(FloatingPointError) as error:
+            engine.update(BATCH, policy_loss(BATCH), micro_batch_size=2, with_entropy=True)
+        return str(error.value)
+
+    assert ["rank 1 has gradients that are not finite" in message for message in run_on_ranks(run, 2)] == [True] * 2
 
 
 def generate(folder: str, tp_size: int) -> tuple[list[list[int]], list[list[int]], float]:

@@ -244,6 +244,9 @@ def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
         num_experts=num_experts, normalization="RMSNorm", qk_layernorm=spec.qk_layernorm
     )
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if spec.moe:
+        # Transformer-engine has no linear layer to fuse this norm with; a checkpoint must name it in the same way.
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if spec.qk_layernorm:
         attention = submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
