@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mrl.types import Generation, Metric, Prompt, Sample, SamplingParams, TrainBatch
+from mrl.types import Generation, Metric, MicroBatchLimit, Prompt, Sample, SamplingParams, TrainBatch
 
 ModelOutput = Mapping[str, Tensor]
 """Of one micro-batch, aligned with its tokens, [b, t] float32: `log_probs` (and `entropy` if asked for) or `values`."""
@@ -28,16 +28,16 @@ The sum of the results over all micro-batches of all data-parallel ranks is the 
 class TrainEngine(Protocol):
     """One role's model (actor, critic or reference). Called by all ranks with the same arguments."""
 
-    def compute_log_probs(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+    def compute_log_probs(self, batch: TrainBatch, *, limit: MicroBatchLimit) -> Tensor:
         """Log-probs of `batch.tokens` at the sampling temperature. [B, T] float32, on every rank; entry 0 is 0."""
         ...
 
-    def compute_values(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+    def compute_values(self, batch: TrainBatch, *, limit: MicroBatchLimit) -> Tensor:
         """Value before each token. [B, T] float32, on every rank; entry 0 is 0."""
         ...
 
     def update(
-        self, mini_batch: TrainBatch, loss_fn: LossFn, *, micro_batch_size: int, with_entropy: bool = False
+        self, mini_batch: TrainBatch, loss_fn: LossFn, *, limit: MicroBatchLimit, with_entropy: bool = False
     ) -> dict[str, float]:
         """One optimizer step. Returns the reduced metrics of `loss_fn`, with `loss`, `grad_norm` and `lr` added."""
         ...

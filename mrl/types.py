@@ -137,6 +137,21 @@ class TrainBatch:
         return TrainBatch(**{name: function(tensor) for name, tensor in present.items() if tensor is not None})
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class MicroBatchLimit:
+    """The most that one data-parallel rank runs at once: a number of samples or a number of tokens."""
+
+    samples: int | None = None
+    tokens: int | None = None
+    """Counted as they are computed: with its padding, where a micro-batch is padded to its longest sample."""
+
+    def __post_init__(self) -> None:
+        if (self.samples is None) == (self.tokens is None):
+            raise ValueError(f"a micro-batch is limited by samples = {self.samples} or tokens = {self.tokens}; set one")
+        if (self.samples or self.tokens or 0) < 1:
+            raise ValueError(f"a micro-batch of samples = {self.samples}, tokens = {self.tokens} must be at least 1")
+
+
 Reduction = Literal["sum", "max", "min"]
 
 

@@ -64,9 +64,13 @@ class ActorConfig(Section):
     ppo_mini_batch_size: int = 256
     """Prompts per optimizer step, over all ranks; each brings `rollout.n` samples."""
     ppo_micro_batch_size_per_gpu: int | None = None
-    """Samples per forward-backward pass on a data-parallel rank; has to be set."""
+    """Samples per forward-backward pass on a data-parallel rank; has to be set without `use_dynamic_bsz`."""
     ppo_micro_batch_size: int | None = None
     """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    use_dynamic_bsz: bool = False
+    """Cut micro-batches by their number of tokens instead of samples."""
+    ppo_max_token_len_per_gpu: int = 16384
+    """Most tokens per forward-backward pass on a GPU, with `use_dynamic_bsz`."""
     ppo_epochs: int = 1
     """Passes over a step's samples."""
     shuffle: bool = False
@@ -106,7 +110,7 @@ class ActorConfig(Section):
 
     def check(self) -> None:
         at_least(self, 1, "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size", "ppo_epochs")
-        at_least(self, 1, "loss_scale_factor")
+        at_least(self, 1, "ppo_max_token_len_per_gpu", "loss_scale_factor")
         at_least(self, 0, "clip_ratio", "clip_ratio_low", "clip_ratio_high", "entropy_coeff", "kl_loss_coef")
         more_than(self, 1, "clip_ratio_c")
         more_than(self, 0, "tau_pos", "tau_neg")
@@ -123,12 +127,18 @@ class RefConfig(Section):
     """The frozen reference policy; built only when a KL term needs it."""
 
     log_prob_micro_batch_size_per_gpu: int | None = None
-    """Samples per forward pass on a data-parallel rank; has to be set when the reference is used."""
+    """Samples per forward pass on a data-parallel rank; has to be set when the reference is used without
+    `log_prob_use_dynamic_bsz`."""
     log_prob_micro_batch_size: int | None = None
     """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    log_prob_use_dynamic_bsz: bool = False
+    """Cut micro-batches by their number of tokens instead of samples; the actor's `use_dynamic_bsz` unless set."""
+    log_prob_max_token_len_per_gpu: int = 16384
+    """Most tokens per forward pass on a GPU, with `log_prob_use_dynamic_bsz`; the actor's unless set."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """Layout and memory; the actor's unless set."""
 
     def check(self) -> None:
         at_least(self, 1, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
+        at_least(self, 1, "log_prob_max_token_len_per_gpu")
         not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")

@@ -1,4 +1,4 @@
-"""Micro-batch sizes, once the number of data-parallel ranks is known."""
+"""Checks of micro-batch sizes, those that need the number of data-parallel ranks among them."""
 
 from __future__ import annotations
 
@@ -58,3 +58,13 @@ def check_mini_batch(*, path: str, mini_batch_samples: int, micro_batch_size: in
             f"into {dp_size} data-parallel ranks x micro-batches of {micro_batch_size}; change one of the three"
         )
     return num_microbatches
+
+
+def check_token_limit(key: str, tokens: int, *, longest: int, cp: int) -> None:
+    """Raise ConfigError if a sample of `longest` tokens, shared by `cp` GPUs, exceeds a GPU's limit `tokens`."""
+    if longest > tokens * cp:
+        shared = f" on each of {cp} context-parallel GPUs" if cp > 1 else ""
+        raise ConfigError(
+            f"{key} = {tokens}{shared} is less than the longest sample, data.max_prompt_length + "
+            f"data.max_response_length = {longest}, which cannot be split; raise it to {-(-longest // cp)} or more"
+        )

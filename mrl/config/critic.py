@@ -22,9 +22,19 @@ class CriticConfig(Section):
     ppo_mini_batch_size: int = 256
     """Prompts per optimizer step, over all ranks; the actor's unless set."""
     ppo_micro_batch_size_per_gpu: int | None = None
-    """Samples per pass on a data-parallel rank, for values and updates; has to be set."""
+    """Samples per forward-backward pass on a data-parallel rank; has to be set without `use_dynamic_bsz`."""
     ppo_micro_batch_size: int | None = None
     """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    forward_micro_batch_size_per_gpu: int | None = None
+    """Samples per forward pass on a data-parallel rank; `ppo_micro_batch_size_per_gpu` unless set."""
+    forward_micro_batch_size: int | None = None
+    """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    use_dynamic_bsz: bool = False
+    """Cut micro-batches by their number of tokens instead of samples; the actor's unless set."""
+    ppo_max_token_len_per_gpu: int = 32768
+    """Most tokens per forward-backward pass on a GPU, with `use_dynamic_bsz`."""
+    forward_max_token_len_per_gpu: int = 32768
+    """Most tokens per forward pass on a GPU, with `use_dynamic_bsz`; `ppo_max_token_len_per_gpu` unless set."""
     ppo_epochs: int = 1
     """Passes over a step's samples; the actor's unless set."""
     shuffle: bool = False
@@ -44,6 +54,8 @@ class CriticConfig(Section):
 
     def check(self) -> None:
         at_least(self, 1, "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size", "ppo_epochs")
-        at_least(self, 1, "loss_scale_factor")
+        at_least(self, 1, "forward_micro_batch_size_per_gpu", "forward_micro_batch_size", "loss_scale_factor")
+        at_least(self, 1, "ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu")
         at_least(self, 0, "cliprange_value")
         not_both(self, "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size")
+        not_both(self, "forward_micro_batch_size_per_gpu", "forward_micro_batch_size")

@@ -365,6 +365,57 @@ _RUN_RULES = (
         reason=f"{_ACTOR}.clip_ratio_low and clip_ratio_high are both set and take precedence",
     ),
 )
+
+
+def _batch_rules(path: str, switch: str, is_dynamic: Callable[[PPOConfig], bool], kinds: dict[str, str]) -> list[_Rule]:
+    """Of a section's passes, by the prefix of each's micro-batch keys and the name of its token limit."""
+    rules = []
+    for prefix, tokens in kinds.items():
+        sizes = tuple(f"{path}.{prefix}micro_batch_size{end}" for end in ("_per_gpu", ""))
+        rules += [
+            _Rule(
+                keys=sizes,
+                when=is_dynamic,
+                reason=f"{path}.{switch} is True, so {path}.{tokens} limits micro-batches",
+                overrides_only=True,
+            ),
+            _Rule(
+                keys=(f"{path}.{tokens}",),
+                when=lambda config: not is_dynamic(config),
+                reason=f"{path}.{switch} is False, so {sizes[0]} limits micro-batches; set {path}.{switch}=True",
+                overrides_only=True,
+            ),
+        ]
+    return rules
+
+
+_LOG_PROB_KEYS = {"log_prob_": "log_prob_max_token_len_per_gpu"}
+_BATCH_RULES = (
+    *_batch_rules(
+        _ACTOR,
+        "use_dynamic_bsz",
+        lambda config: config.actor_rollout_ref.actor.use_dynamic_bsz,
+        {"ppo_": "ppo_max_token_len_per_gpu"},
+    ),
+    *_batch_rules(
+        _ROLLOUT,
+        "log_prob_use_dynamic_bsz",
+        lambda config: config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz,
+        _LOG_PROB_KEYS,
+    ),
+    *_batch_rules(
+        _REF,
+        "log_prob_use_dynamic_bsz",
+        lambda config: config.actor_rollout_ref.ref.log_prob_use_dynamic_bsz,
+        _LOG_PROB_KEYS,
+    ),
+    *_batch_rules(
+        "critic",
+        "use_dynamic_bsz",
+        lambda config: config.critic.use_dynamic_bsz,
+        {"ppo_": "ppo_max_token_len_per_gpu", "forward_": "forward_max_token_len_per_gpu"},
+    ),
+)
 _PADDING_RULES = (
     _Rule(
         keys=("actor_rollout_ref.model.use_remove_padding",),
@@ -382,6 +433,7 @@ _RULES = (
     *_ESTIMATOR_RULES,
     *_LOSS_RULES,
     *_CORRECTION_RULES,
+    *_BATCH_RULES,
     *_PADDING_RULES,
     *_role_rules(_ACTOR, _actor, loss_scale_inherited=False),
     *_role_rules("critic", _critic, loss_scale_inherited=True),

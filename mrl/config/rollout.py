@@ -85,9 +85,14 @@ class RolloutConfig(Section):
     max_num_batched_tokens: int = 8192
     """Most prompt tokens an engine prefills at once."""
     log_prob_micro_batch_size_per_gpu: int | None = None
-    """Samples per forward pass of the actor's old log-probs on a data-parallel rank; has to be set."""
+    """Samples per forward pass of the actor's old log-probs on a data-parallel rank; has to be set without
+    `log_prob_use_dynamic_bsz`."""
     log_prob_micro_batch_size: int | None = None
     """Deprecated: the same over all data-parallel ranks; divided by their number, with a warning."""
+    log_prob_use_dynamic_bsz: bool = False
+    """Cut those micro-batches by their number of tokens; the actor's `use_dynamic_bsz` unless set."""
+    log_prob_max_token_len_per_gpu: int = 16384
+    """Most tokens per such pass on a GPU, with `log_prob_use_dynamic_bsz`; the actor's unless set."""
     engine_kwargs: EngineKwargsConfig = field(default_factory=EngineKwargsConfig)
     """Arguments handed to the engine unchanged."""
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
@@ -99,6 +104,7 @@ class RolloutConfig(Section):
         at_least(self, 1, "n", "num_engines", "tensor_model_parallel_size", "prompt_length", "response_length")
         at_least(self, 1, "max_num_seqs", "max_num_batched_tokens")
         at_least(self, 1, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
+        at_least(self, 1, "log_prob_max_token_len_per_gpu")
         not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
         _check_top(self.top_p, self.top_k)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mrl.config.actor import ActorConfig, RefConfig
 from mrl.config.algorithm import CRITIC_ESTIMATORS, GREEDY_ESTIMATORS, GROUP_ESTIMATORS, AlgorithmConfig
+from mrl.config.batch import check_token_limit
 from mrl.config.critic import CriticConfig
 from mrl.config.data import DataConfig
 from mrl.config.errors import ConfigError
@@ -73,6 +74,7 @@ class PPOConfig(Section):
         self._check_correction()
         self._check_reward_model()
         self._check_lengths()
+        self._check_token_limits()
         self._check_engines()
         if self.trainer.validates and not self.data.val_files:
             raise ConfigError(
@@ -92,7 +94,7 @@ class PPOConfig(Section):
                 f"{path}.ppo_mini_batch_size = {mini_batch} does not divide data.train_batch_size = {prompts}; "
                 "every optimizer step takes the same number of prompts"
             )
-        for key in ("ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size"):
+        for key in () if role.use_dynamic_bsz else ("ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size"):
             micro_batch = getattr(role, key)
             if micro_batch is not None and (mini_batch * n) % micro_batch:
                 raise ConfigError(
@@ -187,6 +189,25 @@ class PPOConfig(Section):
                     f"actor_rollout_ref.rollout.{key} = {here} and data.max_{key} = {there} mean the same number; "
                     f"set only data.max_{key}"
                 )
+
+    def _check_token_limits(self) -> None:
+        shared, critic = self.actor_rollout_ref, self.critic
+        longest = self.data.max_prompt_length + self.data.max_response_length
+
+        def check(path: str, section: Section, key: str, cp: int) -> None:
+            check_token_limit(f"{path}.{key}", getattr(section, key), longest=longest, cp=cp)
+
+        cp = shared.actor.megatron.context_parallel_size
+        if shared.actor.use_dynamic_bsz:
+            check("actor_rollout_ref.actor", shared.actor, "ppo_max_token_len_per_gpu", cp)
+        if shared.rollout.log_prob_use_dynamic_bsz:
+            check("actor_rollout_ref.rollout", shared.rollout, "log_prob_max_token_len_per_gpu", cp)
+        if self.needs_reference and shared.ref.log_prob_use_dynamic_bsz:
+            ref_cp = shared.ref.megatron.context_parallel_size
+            check("actor_rollout_ref.ref", shared.ref, "log_prob_max_token_len_per_gpu", ref_cp)
+        if self.needs_critic and critic.use_dynamic_bsz:
+            for key in ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"):
+                check("critic", critic, key, critic.megatron.context_parallel_size)
 
     def _check_engines(self) -> None:
         rollout, world_size = self.actor_rollout_ref.rollout, self.trainer.world_size

@@ -5,6 +5,7 @@ Every function is deterministic: ranks that call it with the same lengths get th
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Sequence
 
@@ -48,47 +49,89 @@ def partition_balanced(lengths: Sequence[int], num_parts: int, *, equal_size: bo
     return sorted(sorted(indices) for _, _, indices in heap[0][2])
 
 
-def split_micro_batches(lengths: Sequence[int], *, micro_batch_size: int) -> list[list[int]]:
-    """Indices of `lengths` in ceil(n / micro_batch_size) groups of at most `micro_batch_size`, alike in length.
-
-    Neighbours in order of length share a group, which makes padding to the longest of each group cheapest. Groups
-    come longest first, so that a peak of memory shows at once.
-
-    Raises:
-        ValueError: micro_batch_size is less than 1.
-    """
-    if micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size = {micro_batch_size} must be at least 1")
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[first : first + micro_batch_size] for first in range(0, len(order), micro_batch_size)]
-
-
-def split_token_batches(
-    lengths: Sequence[int], *, max_tokens: int, min_batches: int = 1, multiple_of: int = 1
-) -> list[list[int]]:
-    """Indices of `lengths` in the fewest balanced groups of at most `max_tokens` tokens each.
+def deal_balanced(costs: Sequence[int], num_parts: int, *, equal_counts: bool = False) -> list[list[int]]:
+    """Indices of `costs` in `num_parts` parts of nearly equal cost, of which some are empty if there are too few.
 
     Args:
-        lengths: tokens of each sample, not negative.
-        max_tokens: bound on the sum of a group's lengths.
-        min_batches: at least this many groups; data-parallel ranks that must run equally many take the largest need.
-        multiple_of: the number of groups is a multiple of this, for interleaved pipeline schedules.
-
-    Raises:
-        ValueError: a sample is longer than max_tokens, or there are fewer samples than groups needed.
+        equal_counts: whether no part may have more than ceil(n / num_parts) samples.
     """
-    if max(lengths, default=0) > max_tokens:
-        raise ValueError(
-            f"a sample of {max(lengths)} tokens exceeds ppo_max_token_len_per_gpu = {max_tokens}; raise the limit or "
-            "lower data.max_prompt_length + data.max_response_length"
+    count = max(-(-len(costs) // num_parts) * num_parts if equal_counts else len(costs), num_parts)
+    padded = [*costs, *[0] * (count - len(costs))]
+    parts = partition_balanced(padded, num_parts, equal_size=equal_counts)
+    return [[index for index in part if index < len(costs)] for part in parts]
+
+
+def split_padded(
+    lengths: Sequence[int], *, max_samples: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of `lengths` in the fewest groups within the limit, neighbours in order of length sharing one.
+
+    That makes padding to the longest of each group cheapest. Groups come longest first, so that a peak of memory
+    shows at once.
+
+    Args:
+        max_samples: most samples of a group.
+        max_tokens: most tokens of a group, counted with its padding; at least the longest sample.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        count = len(groups[-1]) + 1 if groups else 0
+        fits = (
+            count > 0
+            and (max_samples is None or count <= max_samples)
+            and (max_tokens is None or count * lengths[groups[-1][0]] <= max_tokens)
         )
-    fewest = max(-(-sum(lengths) // max_tokens), min_batches, 1)
-    count = -(-fewest // multiple_of) * multiple_of
-    while True:
-        groups = partition_balanced(lengths, count, equal_size=False)
-        if all(sum(lengths[index] for index in group) <= max_tokens for group in groups):
-            return groups
-        count += multiple_of
+        if fits:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def fill_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Indices of `lengths` in groups of at most `max_tokens` tokens, each sample where it leaves the least room.
+
+    Never more than 11/9 of the fewest possible groups and one; no two of them would fit together.
+
+    Args:
+        max_tokens: at least the longest sample.
+
+    Source: best-fit decreasing; Johnson, "Near-Optimal Bin Packing Algorithms" (1973).
+    """
+    groups: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = bisect.bisect_left(rooms, (lengths[index], 0))
+        if place < len(rooms):
+            room, group = rooms.pop(place)
+            groups[group].append(index)
+        else:
+            room, group = max_tokens, len(groups)
+            groups.append([index])
+        bisect.insort(rooms, (room - lengths[index], group))
+    return groups
+
+
+def compute_workload(length: int, *, crossover: int) -> int:
+    """Relative cost of one sample's pass: its matrix products, linear in its length, and its causal attention.
+
+    Args:
+        crossover: length at which both are equal, as `attention_crossover` computes it.
+    """
+    return length * (crossover + length)
+
+
+def attention_crossover(*, parameters_per_layer: int, attention_size: int) -> int:
+    """Length in tokens at which causal attention takes as many multiplications as the matrix products.
+
+    A token is multiplied with every weight once; a pair of query and key, of which causality leaves half, takes
+    2 x `attention_size` multiplications.
+
+    Args:
+        parameters_per_layer: those that a token is multiplied with.
+        attention_size: heads x head dimension.
+    """
+    return parameters_per_layer // attention_size
 
 
 def _initial_partitions(lengths: Sequence[int], parts_each: int) -> list[list[_Part]]:

@@ -130,9 +130,7 @@ class _Builder:
             phases=phases,
             actor=ActorRole(engine=roles.actor, objective=policy_objective(config), schedule=plan.actor_schedule),
             critic=self._critic(roles),
-            reference=ReferenceRole(engine=roles.reference, micro_batch_size=plan.ref_micro_batch_size)
-            if roles.reference
-            else None,
+            reference=self._reference(roles),
             correction=correction_stage(config),
             reward_model=reward_model,
             advantages=advantage_stage(config),
@@ -183,15 +181,22 @@ class _Builder:
 
     def _reward_model(self, roles: _Roles) -> RewardModelStage | None:
         encoder, settings = self._inputs.reward_encoder, self._config.reward.reward_model
-        if roles.reward_model is None or encoder is None:
+        limit = self._plan.reward_model_limit
+        if roles.reward_model is None or encoder is None or limit is None:
             return None
         return RewardModelStage(
             engine=roles.reward_model,
             encoder=encoder,
-            micro_batch_size=self._plan.reward_model_micro_batch_size,
+            limit=limit,
             weight=settings.weight,
             on_failure=settings.on_failure or self._config.reward.on_failure,
         )
+
+    def _reference(self, roles: _Roles) -> ReferenceRole | None:
+        limit = self._plan.ref_limit
+        if roles.reference is None or limit is None:
+            return None
+        return ReferenceRole(engine=roles.reference, limit=limit)
 
     def _rollout(self, sglang: SGLangEngine | None, actor: MegatronEngine) -> ColocatedRollout:
         config, plan = self._config, self._plan

@@ -26,13 +26,9 @@ from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
 from mrl.trainer.memory_plan import MemoryPlan
 from mrl.trainer.resume import CurrentRole, ResumePoint, find_resume_point
-from mrl.trainer.schedules import (
-    actor_schedule,
-    critic_schedule,
-    reference_micro_batch_size,
-    reward_model_micro_batch_size,
-)
+from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_limit, reward_model_limit
 from mrl.trainer.updates import UpdateSchedule
+from mrl.types import MicroBatchLimit
 
 # Shares of a rank's memory that an automatic layout may fill with a role's weights, gradients and optimizer state.
 _TRAINED_SHARE = 0.35
@@ -70,8 +66,8 @@ class RunPlan:
     num_engines: int
     actor_schedule: UpdateSchedule
     critic_schedule: UpdateSchedule | None
-    ref_micro_batch_size: int
-    reward_model_micro_batch_size: int
+    ref_limit: MicroBatchLimit | None
+    reward_model_limit: MicroBatchLimit | None
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
     actor_record: RoleRecord
@@ -140,12 +136,10 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         rollout_tp=shared.rollout.tensor_model_parallel_size,
         num_engines=num_engines,
         memory=_plan_memory(config, machine, actor, critic, reference, reward_model, num_engines=num_engines),
-        actor_schedule=actor_schedule(config, actor.layout.dp),
-        critic_schedule=critic_schedule(config, critic.layout.dp) if critic else None,
-        ref_micro_batch_size=reference_micro_batch_size(config, reference.layout.dp) if reference else 1,
-        reward_model_micro_batch_size=reward_model_micro_batch_size(config, reward_model.layout.dp)
-        if reward_model
-        else 1,
+        actor_schedule=actor_schedule(config, actor.layout),
+        critic_schedule=critic_schedule(config, critic.layout) if critic else None,
+        ref_limit=reference_limit(config, reference.layout) if reference else None,
+        reward_model_limit=reward_model_limit(config, reward_model.layout) if reward_model else None,
         train_files=files.data(config.data.train_files),
         val_files=files.data(config.data.val_files) if trainer.validates else (),
         actor_record=actor_record,

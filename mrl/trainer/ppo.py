@@ -21,7 +21,7 @@ from mrl.trainer.reward_model import RewardModelStage
 from mrl.trainer.samples import SampleWriter, summarize_samples
 from mrl.trainer.updates import UpdateSchedule, update_role
 from mrl.trainer.validation import Validator
-from mrl.types import Sample, TrainBatch
+from mrl.types import MicroBatchLimit, Sample, TrainBatch
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ReferenceRole:
     """The frozen policy."""
 
     engine: TrainEngine
-    micro_batch_size: int
+    limit: MicroBatchLimit
 
 
 @dataclass(kw_only=True)
@@ -168,26 +168,20 @@ class PPOTrainer:
         if self.reference is None:
             return batch
         with self._timer("ref_log_prob"):
-            ref_log_probs = self.reference.engine.compute_log_probs(
-                batch, micro_batch_size=self.reference.micro_batch_size
-            )
+            ref_log_probs = self.reference.engine.compute_log_probs(batch, limit=self.reference.limit)
         return batch.with_fields(ref_log_probs=ref_log_probs)
 
     def _old_log_probs(self, batch: TrainBatch) -> Tensor:
         if self.correction.bypass_mode:
             return batch.required("rollout_log_probs")
         with self._timer("log_prob"):
-            return self.actor.engine.compute_log_probs(
-                batch, micro_batch_size=self.actor.schedule.forward_micro_batch_size
-            )
+            return self.actor.engine.compute_log_probs(batch, limit=self.actor.schedule.forward_limit)
 
     def _compute_values(self, batch: TrainBatch) -> TrainBatch:
         if self.critic is None:
             return batch
         with self._timer("value"):
-            values = self.critic.engine.compute_values(
-                batch, micro_batch_size=self.critic.schedule.forward_micro_batch_size
-            )
+            values = self.critic.engine.compute_values(batch, limit=self.critic.schedule.forward_limit)
         return batch.with_fields(values=values)
 
     def _update_critic(self, batch: TrainBatch, *, step: int) -> Metrics:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mrl.interfaces import RewardError, TrainEngine
 from mrl.trainer.phases import PhaseSwitch
-from mrl.types import Sample, TrainBatch
+from mrl.types import MicroBatchLimit, Sample, TrainBatch
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RewardModelStage:
 
     engine: TrainEngine
     encoder: ConversationEncoder
-    micro_batch_size: int
+    limit: MicroBatchLimit
     weight: float
     on_failure: Literal["zero", "raise"]
 
@@ -116,7 +116,7 @@ class RewardModelStage:
             tokens[row, : len(token_ids)] = torch.tensor(token_ids)
         lengths = torch.tensor([len(token_ids) + 1 for token_ids in conversations])
         batch = TrainBatch(tokens=tokens, lengths=lengths, loss_mask=torch.zeros_like(tokens, dtype=torch.bool))
-        values = self.engine.compute_values(batch, micro_batch_size=self.micro_batch_size)
+        values = self.engine.compute_values(batch, limit=self.limit)
         positions = torch.tensor([self.encoder.scored_position(token_ids) for token_ids in conversations])
         return values[torch.arange(len(conversations)), positions + 1].tolist()
 

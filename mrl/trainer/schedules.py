@@ -1,103 +1,107 @@
-"""How many samples each role takes at a time, from the configuration and the role's number of data-parallel ranks."""
+"""How much each role takes at a time, from the configuration and the role's layout."""
 
 from __future__ import annotations
 
+from mrl.config.actor import ActorConfig, RefConfig
 from mrl.config.batch import check_mini_batch, resolve_micro_batch_size
+from mrl.config.critic import CriticConfig
+from mrl.config.rollout import RolloutConfig
 from mrl.config.schema import PPOConfig
+from mrl.config.section import Section
+from mrl.parallel.layout import ParallelLayout
 from mrl.trainer.updates import UpdateSchedule
+from mrl.types import MicroBatchLimit
 
 
-def actor_schedule(config: PPOConfig, dp_size: int) -> UpdateSchedule:
+def actor_schedule(config: PPOConfig, layout: ParallelLayout) -> UpdateSchedule:
     """The actor's mini-batches and micro-batches.
 
     Raises:
         ConfigError: a size is not set or does not divide.
     """
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    micro_batch_size = resolve_micro_batch_size(
-        actor.ppo_micro_batch_size_per_gpu,
-        actor.ppo_micro_batch_size,
-        dp_size,
-        key="actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-    )
-    mini_batch_size = actor.ppo_mini_batch_size * rollout.n
-    check_mini_batch(
-        path="actor_rollout_ref.actor",
-        mini_batch_samples=mini_batch_size,
-        micro_batch_size=micro_batch_size,
-        dp_size=dp_size,
-    )
-    return UpdateSchedule(
-        mini_batch_size=mini_batch_size,
-        micro_batch_size=micro_batch_size,
-        forward_micro_batch_size=resolve_micro_batch_size(
-            rollout.log_prob_micro_batch_size_per_gpu,
-            rollout.log_prob_micro_batch_size,
-            dp_size,
-            key="actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
-        ),
-        epochs=actor.ppo_epochs,
-        shuffle=actor.shuffle,
-        seed=actor.megatron.seed,
-    )
+    shared = config.actor_rollout_ref
+    forward = _log_prob_limit("actor_rollout_ref.rollout", shared.rollout, layout)
+    return _schedule("actor_rollout_ref.actor", shared.actor, shared.rollout.n, layout, forward)
 
 
-def critic_schedule(config: PPOConfig, dp_size: int) -> UpdateSchedule:
+def critic_schedule(config: PPOConfig, layout: ParallelLayout) -> UpdateSchedule:
     """The critic's mini-batches and micro-batches.
 
     Raises:
         ConfigError: a size is not set or does not divide.
     """
     critic = config.critic
-    micro_batch_size = resolve_micro_batch_size(
-        critic.ppo_micro_batch_size_per_gpu,
-        critic.ppo_micro_batch_size,
-        dp_size,
-        key="critic.ppo_micro_batch_size_per_gpu",
-    )
-    mini_batch_size = critic.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    check_mini_batch(
-        path="critic", mini_batch_samples=mini_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size
-    )
-    return UpdateSchedule(
-        mini_batch_size=mini_batch_size,
-        micro_batch_size=micro_batch_size,
-        forward_micro_batch_size=micro_batch_size,
-        epochs=critic.ppo_epochs,
-        shuffle=critic.shuffle,
-        seed=critic.megatron.seed,
-    )
+    if critic.use_dynamic_bsz:
+        forward = _token_limit(critic.forward_max_token_len_per_gpu, layout)
+    else:
+        forward = _sample_limit("critic", critic, "forward_micro_batch_size", layout)
+    return _schedule("critic", critic, config.actor_rollout_ref.rollout.n, layout, forward)
 
 
-def reference_micro_batch_size(config: PPOConfig, dp_size: int) -> int:
-    """Samples per forward pass of the reference.
+def reference_limit(config: PPOConfig, layout: ParallelLayout) -> MicroBatchLimit:
+    """Of the reference's forward passes.
 
     Raises:
         ConfigError: the size is not set or does not divide.
     """
-    ref = config.actor_rollout_ref.ref
-    return resolve_micro_batch_size(
-        ref.log_prob_micro_batch_size_per_gpu,
-        ref.log_prob_micro_batch_size,
-        dp_size,
-        key="actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
-    )
+    return _log_prob_limit("actor_rollout_ref.ref", config.actor_rollout_ref.ref, layout)
 
 
-def reward_model_micro_batch_size(config: PPOConfig, dp_size: int) -> int:
-    """Samples per forward pass of the reward model.
+def reward_model_limit(config: PPOConfig, layout: ParallelLayout) -> MicroBatchLimit:
+    """Of the reward model's forward passes.
 
     Raises:
         ConfigError: the size is not set.
     """
-    return resolve_micro_batch_size(
+    samples = resolve_micro_batch_size(
         config.reward.reward_model.micro_batch_size_per_gpu,
         None,
-        dp_size,
+        layout.dp,
         key="reward.reward_model.micro_batch_size_per_gpu",
     )
+    return MicroBatchLimit(samples=samples)
 
 
 def updates_per_step(schedule: UpdateSchedule, samples_per_step: int) -> int:
     """Optimizer steps that a role makes in one PPO step."""
     return schedule.epochs * -(-samples_per_step // schedule.mini_batch_size)
+
+
+def _schedule(
+    path: str, role: ActorConfig | CriticConfig, n: int, layout: ParallelLayout, forward: MicroBatchLimit
+) -> UpdateSchedule:
+    mini_batch_size = role.ppo_mini_batch_size * n
+    if role.use_dynamic_bsz:
+        update = _token_limit(role.ppo_max_token_len_per_gpu, layout)
+    else:
+        update = _sample_limit(path, role, "ppo_micro_batch_size", layout)
+    if update.samples is not None:
+        check_mini_batch(
+            path=path, mini_batch_samples=mini_batch_size, micro_batch_size=update.samples, dp_size=layout.dp
+        )
+    return UpdateSchedule(
+        mini_batch_size=mini_batch_size,
+        update_limit=update,
+        forward_limit=forward,
+        epochs=role.ppo_epochs,
+        shuffle=role.shuffle,
+        seed=role.megatron.seed,
+    )
+
+
+def _log_prob_limit(path: str, section: RolloutConfig | RefConfig, layout: ParallelLayout) -> MicroBatchLimit:
+    if section.log_prob_use_dynamic_bsz:
+        return _token_limit(section.log_prob_max_token_len_per_gpu, layout)
+    return _sample_limit(path, section, "log_prob_micro_batch_size", layout)
+
+
+def _token_limit(tokens_per_gpu: int, layout: ParallelLayout) -> MicroBatchLimit:
+    """Context-parallel ranks share a micro-batch's tokens."""
+    return MicroBatchLimit(tokens=tokens_per_gpu * layout.cp)
+
+
+def _sample_limit(path: str, section: Section, key: str, layout: ParallelLayout) -> MicroBatchLimit:
+    samples = resolve_micro_batch_size(
+        getattr(section, f"{key}_per_gpu"), getattr(section, key), layout.dp, key=f"{path}.{key}_per_gpu"
+    )
+    return MicroBatchLimit(samples=samples)

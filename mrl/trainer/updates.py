@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from mrl.interfaces import LossFn, TrainEngine
-from mrl.types import TrainBatch
+from mrl.types import MicroBatchLimit, TrainBatch
 
 Metrics = dict[str, float]
 
@@ -20,10 +20,10 @@ class UpdateSchedule:
 
     mini_batch_size: int
     """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int
-    """Samples per forward pass and data-parallel rank, with gradients."""
-    forward_micro_batch_size: int
-    """The same without gradients."""
+    update_limit: MicroBatchLimit
+    """Of passes with gradients."""
+    forward_limit: MicroBatchLimit
+    """Of passes without."""
     epochs: int
     shuffle: bool
     seed: int
@@ -50,7 +50,7 @@ def update_role(
         engine.update(
             part,
             objective.bind(part),
-            micro_batch_size=schedule.micro_batch_size,
+            limit=schedule.update_limit,
             with_entropy=objective.needs_entropy,
         )
         for part in iterate_mini_batches(batch, schedule, step=step)

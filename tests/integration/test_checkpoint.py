@@ -38,6 +38,7 @@ from mrl.reshard.spec import load_spec
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer, LoopState
 from mrl.trainer.manifest import describe_role
 from mrl.trainer.resume import find_resume_point
+from mrl.types import MicroBatchLimit
 
 VOCAB = 250
 # Losses and gradient norms of size 1, after Adam steps whose gradients differ by rounding.
@@ -101,7 +102,7 @@ def engine_of(path: str, kind: str, axes: dict[str, Any], *, distributed: bool) 
 def update(engine: MegatronEngine, kind: str, *seeds: int) -> list[dict[str, float]]:
     loss = policy_loss if kind == "actor" else value_loss
     batches = [make_batch(VOCAB, 5, seed=seed) for seed in seeds]
-    return [engine.update(b, loss(b), micro_batch_size=2, with_entropy=kind == "actor") for b in batches]
+    return [engine.update(b, loss(b), limit=MicroBatchLimit(samples=2), with_entropy=kind == "actor") for b in batches]
 
 
 def new_folder(folder: Path) -> Path:
@@ -223,7 +224,7 @@ def test_an_export_is_the_model_that_the_trainer_has(models, tmp_path) -> None:
             engine = engine_of(models[family], "actor", axes, distributed=True)
             update(engine, "actor", 0)
             staged = engine.stage_hugging_face(new_folder(tmp_path / family), in_background=True)
-            log_probs.append(engine.compute_log_probs(batch, micro_batch_size=2))
+            log_probs.append(engine.compute_log_probs(batch, limit=MicroBatchLimit(samples=2)))
             update(engine, "actor", 1)
             write_out(staged)
             engine.close()

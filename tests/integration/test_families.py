@@ -31,6 +31,7 @@ from mrl.parallel.agreement import gather_results
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.families import families
 from mrl.reshard.spec import load_spec
+from mrl.types import MicroBatchLimit
 
 BATCH = make_batch(500, 5, seed=3)
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -74,7 +75,10 @@ def log_probs_and_weights(path: str, layout: dict[str, Any]) -> tuple[Tensor, di
             temperature=TEMPERATURE,
         )
     )
-    log_probs, gathered = engine.compute_log_probs(BATCH, micro_batch_size=2), gather_hf_tensors(engine, spec)
+    log_probs, gathered = (
+        engine.compute_log_probs(BATCH, limit=MicroBatchLimit(samples=2)),
+        gather_hf_tensors(engine, spec),
+    )
     folder = Path(path) / f"exported {engine.layout}"
     folder.mkdir(exist_ok=True)
     export = engine.stage_hugging_face(folder, in_background=True)

@@ -25,9 +25,10 @@ from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.launch.fork import RankFailure
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
-from mrl.types import Metric
+from mrl.types import Metric, MicroBatchLimit
 
 VOCAB = 250
+PAIRS = MicroBatchLimit(samples=2)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +210,9 @@ def test_failing_losses_raise_on_every_rank_and_change_nothing(model) -> None:
         before = weights_of(engine)
         for loss_fn, error in ((raising, KeyError), (not_a_number, FloatingPointError), (taking_a_name, ValueError)):
             with pytest.raises(error):
-                engine.update(batch, loss_fn, micro_batch_size=2, with_entropy=True)
+                engine.update(batch, loss_fn, limit=PAIRS, with_entropy=True)
         torch.testing.assert_close(weights_of(engine), before, atol=0, rtol=0)
-        return engine.update(batch, good, micro_batch_size=2, with_entropy=True)
+        return engine.update(batch, good, limit=PAIRS, with_entropy=True)
 
     results = run_on_ranks(check, 4)
     assert all(result == results[0] for result in results)
@@ -225,7 +226,7 @@ def test_gradient_norm_is_reported_with_clipping_off(model, data_parallel) -> No
 
     def first_norm(clip_grad: float) -> float:
         setup = role(model, 2, data_parallel=data_parallel, optimizer=replace(OPTIMIZER, clip_grad=clip_grad))
-        return build_engine(setup).update(batch, policy_loss(batch), micro_batch_size=2, with_entropy=True)["grad_norm"]
+        return build_engine(setup).update(batch, policy_loss(batch), limit=PAIRS, with_entropy=True)["grad_norm"]
 
     clipped, free = run_on_ranks(lambda: (first_norm(0.1), first_norm(0.0)), 2)[0]
     assert clipped == free > 0.1

@@ -1,64 +1,19 @@
-"""Parts of the Megatron backend that need no ranks: micro-batch plans, metrics, random states, Adam."""
+"""Parts of the Megatron backend that need no ranks: metrics, random states, Adam."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mrl.backends.megatron.adam import FusedAdam
 from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
-from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import is_expert_parameter, padded_vocab_size, shift_expert
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.rope import scaled_frequencies
 from mrl.reshard.spec import RopeScaling
 from mrl.types import Metric
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    dp_size=st.integers(1, 5),
-    micro_batch_size=st.integers(1, 6),
-    count_multiple=st.integers(1, 4),
-)
-def test_plans_hold_every_sample_once_in_equally_many_micro_batches(
-    lengths, dp_size, micro_batch_size, count_multiple
-) -> None:
-    plan = plan_micro_batches(
-        lengths, dp_size=dp_size, micro_batch_size=micro_batch_size, count_multiple=count_multiple
-    )
-    micro_batches = list(itertools.chain.from_iterable(plan))
-    assert sorted(itertools.chain.from_iterable(micro_batches)) == list(range(len(lengths)))
-    assert len(plan) == dp_size
-    assert len({len(share) for share in plan}) == 1
-    assert len(plan[0]) % count_multiple == 0
-    # Never more than needed: one fewer, or one multiple fewer, would not hold all samples.
-    assert (len(plan[0]) - count_multiple) * dp_size * micro_batch_size < len(lengths)
-    assert max(map(len, micro_batches)) <= micro_batch_size
-
-
-def test_plans_balance_tokens_and_group_like_lengths() -> None:
-    plan = plan_micro_batches([8, 1, 7, 2, 6, 3, 5, 4], dp_size=2, micro_batch_size=2)
-    # In order of length: (8, 7), (6, 5), (4, 3), (2, 1), padded to 16, 12, 8 and 4 tokens; 16 + 4 and 12 + 8 balance.
-    assert plan == [[[0, 2], [3, 1]], [[4, 6], [7, 5]]]
-
-
-def test_few_samples_are_spread_over_ranks() -> None:
-    plan = plan_micro_batches([5, 5], dp_size=2, micro_batch_size=8)
-    assert plan == [[[0]], [[1]]]
-
-
-def test_plans_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="a batch of 0 samples"):
-        plan_micro_batches([], dp_size=1, micro_batch_size=1)
-    with pytest.raises(ValueError, match="micro_batch_size = 0"):
-        plan_micro_batches([3], dp_size=1, micro_batch_size=0)
 
 
 def test_metrics_combine_as_declared_over_micro_batches_and_ranks() -> None:

@@ -28,9 +28,10 @@ from mrl.backends.megatron.role_state import parallel_state
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
-from mrl.types import TrainBatch
+from mrl.types import MicroBatchLimit, TrainBatch
 
 VOCAB = 250
+PAIRS = MicroBatchLimit(samples=2)
 HEAD_STD, HEAD_SEED = 0.05, 3
 DISTRIBUTED = DataParallelSettings(use_distributed_optimizer=True)
 
@@ -75,12 +76,12 @@ def build_critic(models: dict[str, str]) -> MegatronEngine:
 def run_role(engine: MegatronEngine, step: str, batch: TrainBatch) -> Any:
     """One operation: "log_probs", "values", "policy" or "value" update."""
     if step == "log_probs":
-        return engine.compute_log_probs(batch, micro_batch_size=2)
+        return engine.compute_log_probs(batch, limit=PAIRS)
     if step == "values":
-        return engine.compute_values(batch, micro_batch_size=2)
+        return engine.compute_values(batch, limit=PAIRS)
     if step == "policy":
-        return engine.update(batch, policy_loss(batch), micro_batch_size=2, with_entropy=True)
-    return engine.update(batch, value_loss(batch), micro_batch_size=2)
+        return engine.update(batch, policy_loss(batch), limit=PAIRS, with_entropy=True)
+    return engine.update(batch, value_loss(batch), limit=PAIRS)
 
 
 STEPS = ("values", "log_probs", "value", "policy", "value", "log_probs", "policy", "values")
@@ -166,7 +167,7 @@ def test_reference_scores_like_transformers_and_exports_nothing_trained(models) 
     def score() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # One sample for four ranks in an interleaved schedule: all but one micro-batch are fillers.
         engine = build("reference", models["llama"], {"pp": 2, "vpp": 2})
-        log_probs = engine.compute_log_probs(batch, micro_batch_size=4)
+        log_probs = engine.compute_log_probs(batch, limit=MicroBatchLimit(samples=4))
         return log_probs, gather_hf_tensors(engine, load_spec(models["llama"]))
 
     def expected() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -25,8 +25,10 @@ from mrl.backends.megatron.optimizer import DataParallelSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
+from mrl.types import MicroBatchLimit
 
 VOCAB = 250
+PAIRS = MicroBatchLimit(samples=2)
 FULL = Recompute(granularity="full")
 DISTRIBUTED = DataParallelSettings(use_distributed_optimizer=True)
 OVERLAPPED = DataParallelSettings(
@@ -105,9 +107,9 @@ def run_case(path: str, layout: dict[str, Any], options: dict[str, Any]) -> tupl
             **options,
         )
     )
-    log_probs = engine.compute_log_probs(mini_batches()[0], micro_batch_size=2)
+    log_probs = engine.compute_log_probs(mini_batches()[0], limit=PAIRS)
     first = engine.export_weights()
-    log = [engine.update(batch, policy_loss(batch), micro_batch_size=2, with_entropy=True) for batch in mini_batches()]
+    log = [engine.update(batch, policy_loss(batch), limit=PAIRS, with_entropy=True) for batch in mini_batches()]
     assert engine.export_weights() == first
     weights = gather_hf_tensors(engine, spec)
     engine.close()

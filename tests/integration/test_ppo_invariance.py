@@ -37,7 +37,7 @@ from mrl.trainer.samples import SampleWriter
 from mrl.trainer.scoring import Scorer
 from mrl.trainer.updates import UpdateSchedule
 from mrl.trainer.validation import Validator
-from mrl.types import Generation, Prompt, Sample, SamplingParams
+from mrl.types import Generation, MicroBatchLimit, Prompt, Sample, SamplingParams
 
 VOCAB, NUM_PROMPTS, STEPS, EPOCHS, MINI = 250, 12, 3, 2, 6
 GAMMA, LAM, KL_COEF, TARGET_KL, HORIZON = 0.99, 0.95, 0.1, 0.05, 40
@@ -143,7 +143,12 @@ def train(
     scorer = Scorer(score, NoText(), source_rank=0)
     sampling = SamplingParams(max_new_tokens=12)
     schedule = UpdateSchedule(
-        mini_batch_size=MINI, micro_batch_size=2, forward_micro_batch_size=3, epochs=EPOCHS, shuffle=False, seed=0
+        mini_batch_size=MINI,
+        update_limit=MicroBatchLimit(samples=2),
+        forward_limit=MicroBatchLimit(samples=3),
+        epochs=EPOCHS,
+        shuffle=False,
+        seed=0,
     )
     trainer = PPOTrainer(
         settings=LoopSettings(
@@ -161,7 +166,7 @@ def train(
             kl_loss_type="low_var_kl",
         )),
         critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
-        reference=ReferenceRole(engine=reference, micro_batch_size=4),
+        reference=ReferenceRole(engine=reference, limit=MicroBatchLimit(samples=4)),
         reward_model=None,
         correction=correction,
         advantages=AdvantageStage(

@@ -18,7 +18,7 @@ from mrl.data.tokenizer import load_tokenizer
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_classifier_spec
 from mrl.trainer.reward_model import RewardModelStage, load_encoder
-from mrl.types import Generation, Prompt, Sample
+from mrl.types import Generation, MicroBatchLimit, Prompt, Sample
 
 FAMILIES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
 
@@ -80,7 +80,7 @@ def test_scores_equal_transformers_classifier_in_every_layout(tmp_path, family):
                 layout=ParallelLayout(world_size=dist.get_world_size(), **layout),
             )
             engine = build_engine(setup)
-            stage = RewardModelStage(engine=engine, encoder=encoder, micro_batch_size=2, weight=1.0, on_failure="raise")
+            stage = RewardModelStage(engine=engine, encoder=encoder, limit=MicroBatchLimit(samples=2), weight=1.0, on_failure="raise")
             results.append([sample.reward for sample in stage.score(make_samples())])
             engine.close()
         return results

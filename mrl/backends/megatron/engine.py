@@ -23,7 +23,6 @@ from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.groups import destroy_groups
 from mrl.backends.megatron.hf_export import StagedExport, stage_hf_weights
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
-from mrl.backends.megatron.microbatches import plan_micro_batches
 from mrl.backends.megatron.model import ModelChunk
 from mrl.backends.megatron.offload import OffloadSettings, RoleOffload
 from mrl.backends.megatron.outputs import log_prob_output, value_output
@@ -31,10 +30,12 @@ from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.schedule import MicroBatch, Schedule
 from mrl.interfaces import LossFn
 from mrl.parallel.agreement import gather_results
+from mrl.parallel.balancing import attention_crossover
 from mrl.parallel.layout import ParallelLayout
+from mrl.parallel.microbatches import PlanRules, plan_micro_batches
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.spec import ModelSpec
-from mrl.types import Metric, TrainBatch
+from mrl.types import Metric, MicroBatchLimit, TrainBatch
 
 _RESERVED = ("loss", "grad_norm", "lr")
 
@@ -87,21 +88,21 @@ class MegatronEngine:
         """This rank's parameters under Megatron's names with the layer's global number."""
         return chain.from_iterable(chunk.named_parameters() for chunk in self._parts.chunks)
 
-    def compute_log_probs(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+    def compute_log_probs(self, batch: TrainBatch, *, limit: MicroBatchLimit) -> Tensor:
         """Log-probs of `batch.tokens` at the sampling temperature. [B, T] float32 on the CPU, on every rank.
 
         Entry 0 and entries past a sample's length are 0.
         """
         assert not self._parts.is_critic, "a critic has no log-probs"
-        return self._forward(batch, "log_probs", micro_batch_size)
+        return self._forward(batch, "log_probs", limit)
 
-    def compute_values(self, batch: TrainBatch, *, micro_batch_size: int) -> Tensor:
+    def compute_values(self, batch: TrainBatch, *, limit: MicroBatchLimit) -> Tensor:
         """Value before each token. [B, T] float32 on the CPU, on every rank; zeros as in `compute_log_probs`."""
         assert self._parts.is_critic, "only a critic has values"
-        return self._forward(batch, "values", micro_batch_size)
+        return self._forward(batch, "values", limit)
 
     def update(
-        self, mini_batch: TrainBatch, loss_fn: LossFn, *, micro_batch_size: int, with_entropy: bool = False
+        self, mini_batch: TrainBatch, loss_fn: LossFn, *, limit: MicroBatchLimit, with_entropy: bool = False
     ) -> dict[str, float]:
         """One optimizer step; returns the reduced metrics, with `loss`, `grad_norm` and the `lr` it was made with.
 
@@ -111,7 +112,7 @@ class MegatronEngine:
             Exception: whatever `loss_fn` raised on some rank, on all ranks; no step was made.
         """
         training = self._training()
-        micro_batches = self._micro_batches(mini_batch, micro_batch_size)
+        micro_batches = self._micro_batches(mini_batch, limit)
         guarded = _GuardedLoss(loss_fn, partial(self._outputs, with_entropy=with_entropy))
         with self._parts.state:
             _zero_gradients(training)
@@ -173,9 +174,9 @@ class MegatronEngine:
         assert self._parts.training is not None, "this role was built without an optimizer"
         return self._parts.training
 
-    def _forward(self, batch: TrainBatch, key: str, micro_batch_size: int) -> Tensor:
+    def _forward(self, batch: TrainBatch, key: str, limit: MicroBatchLimit) -> Tensor:
         parts = self._parts
-        micro_batches = self._micro_batches(batch, micro_batch_size)
+        micro_batches = self._micro_batches(batch, limit)
         with parts.state:
             self._gather_parameters()
             outputs = parts.schedule.forward(micro_batches, lambda output, item: self._outputs(output, item.batch)[key])
@@ -202,16 +203,16 @@ class MegatronEngine:
             with_entropy=with_entropy,
         )
 
-    def _micro_batches(self, batch: TrainBatch, micro_batch_size: int) -> list[MicroBatch]:
+    def _micro_batches(self, batch: TrainBatch, limit: MicroBatchLimit) -> list[MicroBatch]:
         """This data-parallel rank's share, on the device."""
         parts = self._parts
         lengths = batch.lengths.tolist()
-        plan = plan_micro_batches(
-            lengths,
+        rules = PlanRules(
             dp_size=parts.groups.dp.size(),
-            micro_batch_size=micro_batch_size,
             count_multiple=parts.schedule.count_multiple,
+            crossover=_attention_crossover(parts.spec),
         )
+        plan = plan_micro_batches(lengths, limit=limit, rules=rules)
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
         return [self._micro_batch(batch, indices, shortest) for indices in plan[parts.groups.dp.rank()]]
 
@@ -244,6 +245,12 @@ class MegatronEngine:
             if module.ddp_config.overlap_param_gather:
                 with torch.no_grad():
                     module.start_param_sync(force_sync=True)
+
+
+def _attention_crossover(spec: ModelSpec) -> int:
+    query_size, kv_size = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    width = 2 * query_size + 2 * kv_size + 3 * spec.intermediate_size
+    return attention_crossover(parameters_per_layer=spec.hidden_size * width, attention_size=query_size)
 
 
 def _role_offload(parts: EngineParts) -> RoleOffload:

@@ -8,6 +8,7 @@ from mrl.config.load import load_config
 
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "ref", "rollout"))
 CORRECTION = "algorithm.rollout_correction"
+DYNAMIC = f"{ACTOR}.use_dynamic_bsz=True"
 NO_VALIDATION = "trainer.val_before_train=False"
 
 
@@ -82,6 +83,27 @@ CASES = [
     (f"{ACTOR}.kl_loss_coef=0.001", [], "the loss has no KL term", [f"{ACTOR}.use_kl_loss=True"]),
     (f"{ACTOR}.kl_loss_type=k2", [], "the loss has no KL term", [f"{ACTOR}.use_kl_loss=True"]),
     (f"{REF}.log_prob_micro_batch_size_per_gpu=4", [], "no reference model is built", [f"{ACTOR}.use_kl_loss=True"]),
+    (
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+        [f"{ACTOR}.use_dynamic_bsz=True"],
+        "ppo_max_token_len_per_gpu limits micro-batches",
+        [f"{ACTOR}.use_dynamic_bsz=False"],
+    ),
+    (f"{ACTOR}.ppo_max_token_len_per_gpu=4096", [], "set actor_rollout_ref.actor.use_dynamic_bsz=True", [DYNAMIC]),
+    (f"{ROLLOUT}.log_prob_max_token_len_per_gpu=4096", [], "use_dynamic_bsz is False", [DYNAMIC]),
+    (
+        f"{REF}.log_prob_micro_batch_size=4",
+        [DYNAMIC, f"{ACTOR}.use_kl_loss=True"],
+        "log_prob_max_token_len_per_gpu limits micro-batches",
+        [f"{REF}.log_prob_use_dynamic_bsz=False"],
+    ),
+    ("critic.forward_max_token_len_per_gpu=4096", [], "use_dynamic_bsz is False", [DYNAMIC]),
+    (
+        "critic.forward_micro_batch_size_per_gpu=4",
+        [DYNAMIC],
+        "forward_max_token_len_per_gpu limits micro-batches",
+        ["critic.use_dynamic_bsz=False"],
+    ),
     (f"{REF}.megatron.param_offload=True", [], "no reference model is built", ["algorithm.use_kl_in_reward=True"]),
     (
         f"{ACTOR}.clip_ratio=0.3",

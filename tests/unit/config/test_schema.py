@@ -136,6 +136,29 @@ def test_the_key_table_is_up_to_date():
             "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
             r"ref\.log_prob_micro_batch_size_per_gpu = 4 and log_prob_micro_batch_size = 4 are both set",
         ),
+        (
+            "actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1000",
+            r"actor\.ppo_max_token_len_per_gpu = 1000 is less than the longest sample, data\.max_prompt_length \+ "
+            r"data\.max_response_length = 1024, which cannot be split; raise it to 1024 or more",
+        ),
+        (
+            "actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.megatron.context_parallel_size=2 "
+            "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=500",
+            r"rollout\.log_prob_max_token_len_per_gpu = 500 on each of 2 context-parallel GPUs .* raise it to 512",
+        ),
+        (
+            "algorithm.use_kl_in_reward=True actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True "
+            "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=9",
+            r"ref\.log_prob_max_token_len_per_gpu = 9 is less",
+        ),
+        (
+            "critic.use_dynamic_bsz=True critic.forward_max_token_len_per_gpu=9",
+            r"critic\.forward_max_token_len_per_gpu = 9 is less",
+        ),
+        (
+            "critic.forward_micro_batch_size=4 critic.forward_micro_batch_size_per_gpu=4",
+            r"critic\.forward_micro_batch_size_per_gpu = 4 and forward_micro_batch_size = 4 are both set",
+        ),
         ("actor_rollout_ref.rollout.response_length=9", r"response_length = 9 and data\.max_response_length = 512"),
         ("actor_rollout_ref.rollout.num_engines=5", r"5 engine\(s\) of tensor_model_parallel_size = 2 need 10 ranks"),
         ("trainer.n_gpus_per_node=1", r"need 2 ranks, but trainer\.nnodes x trainer\.n_gpus_per_node = 1"),
@@ -192,6 +215,12 @@ def test_the_key_table_is_up_to_date():
 def test_a_contradiction_is_refused_with_its_numbers(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides.split(" "))
+
+
+def test_what_is_not_used_is_not_checked():
+    load_config(["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1", "critic.forward_max_token_len_per_gpu=1"])
+    dynamic = ["actor_rollout_ref.actor.use_dynamic_bsz=True", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024"]
+    load_config([*dynamic, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3"])
 
 
 def test_several_samples_per_prompt_widen_the_mini_batch():

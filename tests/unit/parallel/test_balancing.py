@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrl.parallel.balancing import partition_balanced, split_micro_batches, split_token_batches
+from mrl.parallel.balancing import (
+    attention_crossover,
+    compute_workload,
+    deal_balanced,
+    fill_batches,
+    partition_balanced,
+    split_padded,
+)
 
 
 def sums(parts: list[list[int]], lengths: list[int]) -> list[int]:
@@ -86,24 +93,57 @@ def test_impossible_partitions_are_refused() -> None:
         partition_balanced([1, 2, 3], 2, equal_size=True)
 
 
-def test_micro_batches_group_similar_lengths_longest_first() -> None:
-    assert split_micro_batches([5, 90, 7, 88, 6], micro_batch_size=2) == [[1, 3], [2, 4], [0]]
-    with pytest.raises(ValueError, match="micro_batch_size = 0"):
-        split_micro_batches([1], micro_batch_size=0)
+def test_few_samples_leave_parts_empty() -> None:
+    assert deal_balanced([5, 7], 4) == [[0], [1], [], []]
+    # Two at most in each of three: the rows 6 5 4 and 2 1 0 in opposite order are 6 each.
+    assert deal_balanced([6, 5, 4, 2, 1], 3, equal_counts=True) == [[0], [1, 4], [2, 3]]
 
 
-def test_token_batches_are_few_and_within_the_limit() -> None:
-    lengths = [60, 50, 40, 30, 20]
-    groups = split_token_batches(lengths, max_tokens=100)
-    assert sums(groups, lengths) == [100, 100]
-    assert len(split_token_batches(lengths, max_tokens=100, min_batches=3)) == 3
-    assert len(split_token_batches(lengths, max_tokens=100, multiple_of=4)) == 4
-    # 3 x 60 tokens need three groups although 180 tokens would fill only two of 100.
-    assert len(split_token_batches([60, 60, 60], max_tokens=100)) == 3
+def test_padded_groups_hold_similar_lengths_longest_first() -> None:
+    lengths = [5, 90, 7, 88, 6]
+    assert split_padded(lengths, max_samples=2) == [[1, 3], [2, 4], [0]]
+    # 90 + 88 padded are 180 tokens; 7 + 6 + 5 padded are 21.
+    assert split_padded(lengths, max_tokens=180) == [[1, 3], [2, 4, 0]]
+    assert split_padded(lengths, max_tokens=179) == [[1], [3, 2], [4, 0]]
+    assert split_padded(lengths, max_tokens=90) == [[1], [3], [2, 4, 0]]
 
 
-def test_token_batches_that_cannot_be_made_are_refused() -> None:
-    with pytest.raises(ValueError, match="a sample of 101 tokens"):
-        split_token_batches([5, 101], max_tokens=100)
-    with pytest.raises(ValueError, match="1 samples cannot fill 2 parts"):
-        split_token_batches([5], max_tokens=100, min_batches=2)
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), slack=st.integers(0, 40))
+def test_padded_groups_are_as_few_as_any(lengths: list[int], slack: int) -> None:
+    limit = max(lengths) + slack
+
+    def fits(group: list[int]) -> bool:
+        return len(group) * max(lengths[index] for index in group) <= limit
+
+    def count(assignment: tuple[int, ...]) -> int:
+        groups = [[index for index, part in enumerate(assignment) if part == each] for each in set(assignment)]
+        return len(groups) if all(map(fits, groups)) else len(lengths)
+
+    fewest = min(count(assignment) for assignment in product(range(len(lengths)), repeat=len(lengths)))
+    assert len(split_padded(lengths, max_tokens=limit)) == fewest
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), slack=st.integers(0, 100))
+def test_filled_batches_keep_the_limit_and_no_two_fit_together(lengths: list[int], slack: int) -> None:
+    limit = max(lengths) + slack
+    groups = fill_batches(lengths, max_tokens=limit)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    totals = sorted(sums(groups, lengths))
+    assert totals[-1] <= limit
+    assert len(totals) == 1 or totals[0] + totals[1] > limit
+
+
+def test_best_fit_decreasing_hand_worked_case() -> None:
+    # 60 opens a group with room 40, 50 one with 50; 40 fits the first exactly, 30 and 20 fill the second.
+    assert fill_batches([60, 50, 40, 30, 20], max_tokens=100) == [[0, 2], [1, 3, 4]]
+
+
+def test_attention_is_half_of_the_work_at_the_crossover() -> None:
+    # A Llama-like layer of width 4: q, k, v and o 4 x 16, an MLP of 3 x 4 x 8, one head of 4.
+    crossover = attention_crossover(parameters_per_layer=4 * 16 + 3 * 4 * 8, attention_size=4)
+    assert crossover == 40
+    # One sample of 40 tokens: 40 x 160 in matrix products and 2 x 4 for each of 40 x 40 / 2 pairs.
+    assert 40 * 160 == 2 * 4 * 40 * 40 // 2
+    assert compute_workload(40, crossover=crossover) == 2 * 40 * crossover

@@ -12,6 +12,7 @@ from mrl.config.load import load_config
 from mrl.trainer.machine import choose_device
 from mrl.trainer.plan import plan_run
 from mrl.trainer.schedules import updates_per_step
+from mrl.types import MicroBatchLimit
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -52,8 +53,32 @@ def test_sizes_are_of_samples_per_rank(run_dir):
     result = plan(run_dir, "actor_rollout_ref.rollout.n=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8")
     schedule = result.actor_schedule
     assert schedule.mini_batch_size == 64
-    assert schedule.micro_batch_size == 8
+    assert schedule.update_limit == MicroBatchLimit(samples=8)
     assert updates_per_step(schedule, 256) == 8
+
+
+def test_limits_by_tokens_follow_the_actors_as_in_verl(run_dir):
+    result = plan(run_dir, f"{ACTOR}.use_dynamic_bsz=True", f"{ACTOR}.ppo_max_token_len_per_gpu=100")
+    critic = result.critic_schedule
+    assert critic is not None
+    assert result.actor_schedule.update_limit == MicroBatchLimit(tokens=100)
+    assert result.actor_schedule.forward_limit == result.ref_limit == MicroBatchLimit(tokens=100)
+    assert critic.update_limit == critic.forward_limit == MicroBatchLimit(tokens=32768)
+
+
+def test_each_pass_may_have_its_own_limit(run_dir):
+    result = plan(
+        run_dir,
+        "critic.forward_micro_batch_size_per_gpu=32",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=200",
+    )
+    assert result.critic_schedule is not None
+    assert result.critic_schedule.update_limit == MicroBatchLimit(samples=8)
+    assert result.critic_schedule.forward_limit == MicroBatchLimit(samples=32)
+    assert result.actor_schedule.update_limit == MicroBatchLimit(samples=16)
+    assert result.actor_schedule.forward_limit == MicroBatchLimit(tokens=200)
+    assert result.ref_limit == MicroBatchLimit(samples=64)
 
 
 def test_layouts_left_open_are_chosen_and_as_many_engines_as_fit(run_dir):

@@ -10,13 +10,13 @@ from mrl.config.load import load_config
 from mrl.data.embedded import build_embedded_tokenizer
 from mrl.interfaces import RewardError
 from mrl.trainer.reward_model import ConversationEncoder, RewardModelStage, load_encoder
-from mrl.types import Generation, Prompt, Sample
+from mrl.types import Generation, MicroBatchLimit, Prompt, Sample
 
 
 class CountingModel:
     """Its output after each token is that token's id plus 100 times its position; after a seven it is no number."""
 
-    def compute_values(self, batch, *, micro_batch_size):
+    def compute_values(self, batch, *, limit):
         position = torch.arange(batch.tokens.shape[1])
         outputs = (batch.tokens + 100 * position).float().masked_fill(batch.tokens == 13, torch.nan)
         values = torch.nn.functional.pad(outputs[:, :-1], (1, 0))
@@ -35,7 +35,7 @@ def make_stage(*, max_length=16, pad_token_id=0, on_failure="raise"):
         tokenizer=build_embedded_tokenizer(), max_length=max_length, pad_token_id=pad_token_id
     )
     return RewardModelStage(
-        engine=CountingModel(), encoder=encoder, micro_batch_size=2, weight=0.5, on_failure=on_failure
+        engine=CountingModel(), encoder=encoder, limit=MicroBatchLimit(samples=2), weight=0.5, on_failure=on_failure
     )
 
 
