@@ -416,16 +416,29 @@ _BATCH_RULES = (
         {"ppo_": "ppo_max_token_len_per_gpu", "forward_": "forward_max_token_len_per_gpu"},
     ),
 )
+
+
+def _actors_padding_is_its_own(config: PPOConfig) -> bool:
+    shared = config.actor_rollout_ref
+    return shared.model.use_remove_padding != shared.actor.megatron.use_remove_padding
+
+
+def _critics_padding_is_its_own(config: PPOConfig) -> bool:
+    return config.critic.model.use_remove_padding != config.critic.megatron.use_remove_padding
+
+
 _PADDING_RULES = (
     _Rule(
         keys=("actor_rollout_ref.model.use_remove_padding",),
-        when=lambda config: config.actor_rollout_ref.model.use_remove_padding,
-        reason="micro-batches are padded to their longest sample instead of packed",
+        when=_actors_padding_is_its_own,
+        reason=f"{_ACTOR}.megatron.use_remove_padding is set and takes precedence",
+        overrides_only=True,
     ),
     _Rule(
         keys=("critic.model.use_remove_padding",),
-        when=lambda config: config.critic.model.use_remove_padding,
-        reason="micro-batches are padded to their longest sample instead of packed",
+        when=_critics_padding_is_its_own,
+        reason="critic.megatron.use_remove_padding is set and takes precedence",
+        overrides_only=True,
     ),
 )
 _RULES = (

@@ -42,6 +42,8 @@ class MegatronConfig(Section):
     """Ranks that share each expert; experts are always whole, so it is 1 or null."""
     sequence_parallel: bool = True
     """Split activations between tensor-parallel regions along the sequence; acts with tensor parallelism."""
+    use_remove_padding: bool = True
+    """Run a micro-batch's samples end to end instead of padded to the longest; the model's unless set."""
     param_offload: bool = False
     """Keep parameters in host memory while the role is not used."""
     seed: int = 42

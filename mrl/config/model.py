@@ -16,7 +16,7 @@ class CriticModelConfig(Section):
     path: str = DEFAULT_MODEL_PATH
     """Hugging Face folder or hub name; the actor's unless set. `embedded:critic` is the embedded one."""
     use_remove_padding: bool = True
-    """Accepted for compatibility; micro-batches are padded to their longest sample."""
+    """Run a micro-batch's samples end to end instead of padded to the longest (`megatron.use_remove_padding`)."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -28,4 +28,4 @@ class ModelConfig(Section):
     tokenizer_path: str | None = None
     """Folder of the tokenizer; null is the model's."""
     use_remove_padding: bool = True
-    """Accepted for compatibility; micro-batches are padded to their longest sample."""
+    """Run a micro-batch's samples end to end instead of padded to the longest (`megatron.use_remove_padding`)."""

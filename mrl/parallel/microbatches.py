@@ -79,7 +79,7 @@ def _split_evenly(lengths: Sequence[int], limit: MicroBatchLimit, most: int) -> 
 
 
 def _plan_packed(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRules) -> MicroBatchPlan:
-    """Samples are dealt to ranks, and each rank's to micro-batches."""
+    """Samples are dealt to ranks, and each rank's to micro-batches, in which they lie longest first."""
     costs = [compute_workload(length, crossover=rules.crossover) for length in lengths]
     shares = deal_balanced(costs, rules.dp_size, equal_counts=limit.samples is not None)
     count = _round_up(max(_count_packed(lengths, share, limit) for share in shares), rules.count_multiple)
@@ -105,7 +105,7 @@ def _split_share(
         if _largest(share_lengths, groups) > limit.tokens:
             groups = fill_batches(share_lengths, max_tokens=limit.tokens)
             groups += [[] for _ in range(count - len(groups))]
-    return [[share[position] for position in group] for group in groups]
+    return [sorted((share[position] for position in group), key=lambda i: (-lengths[i], i)) for group in groups]
 
 
 def _largest(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> int:

@@ -82,6 +82,7 @@ def _setup(
         device=plan.device,
         seed=megatron.seed,
         temperature=config.actor_rollout_ref.rollout.temperature,
+        packed=megatron.use_remove_padding,
         optimizer=optimizer,
         data_parallel=data_parallel or DataParallelSettings(),
         recompute=_recompute(megatron),

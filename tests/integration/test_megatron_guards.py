@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.hf_weights import load_weights
+from mrl.backends.megatron.inputs import padded_inputs
 from mrl.backends.megatron.model import Recompute, transformer_config
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings, check_adam, megatron_optimizer
 from mrl.backends.megatron.role_state import RoleState
@@ -175,11 +176,13 @@ def test_state_of_roles_does_not_nest() -> None:
 def test_the_schedule_refuses_what_megatron_gets_wrong(model) -> None:
     def check() -> None:
         interleaved = build_engine(role(model, 2, pp=2, vpp=2))._parts.schedule
-        item = MicroBatch(batch=make_batch(VOCAB, 1, seed=0), indices=[0])
+        batch = make_batch(VOCAB, 1, seed=0)
+        item = MicroBatch(batch=batch, inputs=padded_inputs(batch), indices=[0])
         with pytest.raises(ValueError, match="multiple of pipeline_model_parallel_size = 2 micro-batches, not 3"):
             interleaved.forward([item] * 3, lambda output, item: None)
         sequence_parallel = build_engine(role(model, 2, tp=2, sequence_parallel=True))._parts.schedule
-        odd = MicroBatch(batch=item.batch.with_fields(lengths=torch.tensor([23])).trim(), indices=[0])
+        narrow = batch.with_fields(lengths=torch.tensor([23])).trim()
+        odd = MicroBatch(batch=narrow, inputs=padded_inputs(narrow), indices=[0])
         with pytest.raises(ValueError, match="multiple of tensor_model_parallel_size = 2 tokens, not 23"):
             sequence_parallel.forward([odd], lambda output, item: None)
 

@@ -136,6 +136,7 @@ def run_critic_reference(path: str) -> tuple[torch.Tensor, list[dict[str, float]
 CRITIC_LAYOUTS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"tp": 4, "sequence_parallel": True}, {"data_parallel": DISTRIBUTED}),
     ({"tp": 2, "pp": 2, "vpp": 2}, {}),
+    ({"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, {"packed": True}),
 )
 
 

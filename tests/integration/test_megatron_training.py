@@ -29,6 +29,8 @@ from mrl.types import MicroBatchLimit
 
 VOCAB = 250
 PAIRS = MicroBatchLimit(samples=2)
+# Samples have 6 to 24 tokens.
+FEW_TOKENS = MicroBatchLimit(tokens=40)
 FULL = Recompute(granularity="full")
 DISTRIBUTED = DataParallelSettings(use_distributed_optimizer=True)
 OVERLAPPED = DataParallelSettings(
@@ -56,7 +58,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"tp": 4, "pp": 2, "sequence_parallel": True},
         {"recompute": Recompute(granularity="selective")},
     ),
-    "tied: tp2 pp1 dp4": ("llama", {"tp": 2}, {}),
+    "tied, by tokens: tp2 pp1 dp4": ("llama", {"tp": 2}, {"limit": FEW_TOKENS}),
+    "packed: tp2 pp2 vpp2 dp2 sp overlap recompute": (
+        "qwen2",
+        {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
+        {"packed": True, "data_parallel": OVERLAPPED, "recompute": FULL},
+    ),
+    "packed, by tokens: tp2 pp1 dp4": ("qwen2", {"tp": 2}, {"packed": True, "limit": FEW_TOKENS}),
+    "packed, by tokens, tied, kv heads < tp: tp4 pp2 sp": (
+        "llama",
+        {"tp": 4, "pp": 2, "sequence_parallel": True},
+        {"packed": True, "limit": FEW_TOKENS, "recompute": Recompute(granularity="selective")},
+    ),
     "norms on q and k, kv heads < tp: tp4 dp2": ("qwen3", {"tp": 4}, {}),
     "experts: tp2 ep4 dp4 sp": ("qwen3_moe", {"tp": 2, "ep": 4, "sequence_parallel": True}, {}),
     "experts: pp2 vpp2 ep2 dp4 recompute": (
@@ -95,6 +108,8 @@ def run_reference(path: str) -> tuple[Any, ...]:
 
 
 def run_case(path: str, layout: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
+    options = dict(options)
+    limit = options.pop("limit", PAIRS)
     spec = load_spec(path)
     engine = build_engine(
         RoleSetup(
@@ -107,9 +122,9 @@ def run_case(path: str, layout: dict[str, Any], options: dict[str, Any]) -> tupl
             **options,
         )
     )
-    log_probs = engine.compute_log_probs(mini_batches()[0], limit=PAIRS)
+    log_probs = engine.compute_log_probs(mini_batches()[0], limit=limit)
     first = engine.export_weights()
-    log = [engine.update(batch, policy_loss(batch), limit=PAIRS, with_entropy=True) for batch in mini_batches()]
+    log = [engine.update(batch, policy_loss(batch), limit=limit, with_entropy=True) for batch in mini_batches()]
     assert engine.export_weights() == first
     weights = gather_hf_tensors(engine, spec)
     engine.close()

@@ -7,7 +7,7 @@ over real engines: log-probs, reference, values, KL in reward and in the loss, G
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -50,10 +50,10 @@ ROLLOUT_LOG_PROB = -6.6
 CLIPPED = Vanilla(clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=CLIP_C)
 NO_CORRECTION = CorrectionStage()
 
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}),
-    "tp4 pp1 dp2, critic tp2 pp2 dp2": ({"tp": 4}, {"tp": 2, "pp": 2}),
-    "tp1 pp4 vpp2 dp2, critic tp4 dp2": ({"pp": 4, "vpp": 2}, {"tp": 4, "sequence_parallel": True}),
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}, False),
+    "tp4 pp1 dp2, critic tp2 pp2 dp2": ({"tp": 4}, {"tp": 2, "pp": 2}, False),
+    "packed: tp1 pp4 vpp2 dp2, critic tp4 dp2": ({"pp": 4, "vpp": 2}, {"tp": 4, "sequence_parallel": True}, True),
 }
 
 # Losses and norms are of size 0.1 to 2; 12 updates of fp32 rounding through 8 layers and Adam.
@@ -108,7 +108,9 @@ def score(samples: list[Sample]) -> list[tuple[float, dict[str, float]]]:
     return [(sum(sample.generation.response_ids) % 17 / 8 - 1, {}) for sample in samples]
 
 
-def setups(folders: dict[str, str], actor: dict[str, Any], critic: dict[str, Any], world_size: int) -> list[RoleSetup]:
+def setups(
+    folders: dict[str, str], actor: dict[str, Any], critic: dict[str, Any], world_size: int, *, packed: bool = False
+) -> list[RoleSetup]:
     def setup(kind: str, axes: dict[str, Any], lr: float | None) -> RoleSetup:
         path = folders["critic" if kind == "critic" else "actor"]
         optimizer = lr and OptimizerSettings(lr=lr, eps=EPS, weight_decay=DECAY, clip_grad=CLIP_GRAD)
@@ -121,6 +123,7 @@ def setups(folders: dict[str, str], actor: dict[str, Any], critic: dict[str, Any
             optimizer=optimizer or None,
             data_parallel=DataParallelSettings(use_distributed_optimizer=kind == "actor"),
             value_head_std=0.05,
+            packed=packed,
         )
 
     return [setup("actor", actor, ACTOR_LR), setup("critic", critic, CRITIC_LR), setup("reference", actor, None)]
@@ -134,9 +137,13 @@ def train(
     *,
     policy_loss: PolicyLoss = CLIPPED,
     correction: CorrectionStage = NO_CORRECTION,
+    packed: bool = False,
+    critic_epochs: int = EPOCHS,
+    critic_warmup: int = 0,
 ) -> Any:
     """Metrics of every step and the actor's final weights (those on rank 0)."""
-    actor, critic, reference = (build_engine(setup) for setup in setups(folders, actor_axes, critic_axes, world_size))
+    roles = setups(folders, actor_axes, critic_axes, world_size, packed=packed)
+    actor, critic, reference = (build_engine(setup) for setup in roles)
     steps = [record(seed) for seed in range(STEPS)]
     prompts = [sample.prompt for sample in steps[0]]
     rollout = Recorded(steps)
@@ -144,7 +151,7 @@ def train(
     sampling = SamplingParams(max_new_tokens=12)
     schedule = UpdateSchedule(
         mini_batch_size=MINI,
-        update_limit=MicroBatchLimit(samples=2),
+        update_limit=MicroBatchLimit(tokens=24) if packed else MicroBatchLimit(samples=2),
         forward_limit=MicroBatchLimit(samples=3),
         epochs=EPOCHS,
         shuffle=False,
@@ -152,7 +159,7 @@ def train(
     )
     trainer = PPOTrainer(
         settings=LoopSettings(
-            critic_warmup=0, total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False
+            critic_warmup=critic_warmup, total_steps=STEPS, test_freq=-1, val_before_train=False, val_only=False
         ),
         collector=SampleCollector(
             prompts=PromptLoader(prompts, batch_size=NUM_PROMPTS, shuffle=False, seed=0),
@@ -165,7 +172,10 @@ def train(
             entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF,
             kl_loss_type="low_var_kl",
         )),
-        critic=CriticRole(engine=critic, schedule=schedule, objective=ValueObjective(cliprange_value=CLIP_VALUE)),
+        critic=CriticRole(
+            engine=critic, schedule=replace(schedule, epochs=critic_epochs),
+            objective=ValueObjective(cliprange_value=CLIP_VALUE),
+        ),
         reference=ReferenceRole(engine=reference, limit=MicroBatchLimit(samples=4)),
         reward_model=None,
         correction=correction,
@@ -278,12 +288,15 @@ class Solo:
         self.kl_coef *= 1 + max(-0.2, min(0.2, error)) * len(rows) / (HORIZON * NUM_PROMPTS)
         return rows
 
-    def step(self, samples: list[Sample]) -> dict[str, float]:
+    def step(
+        self, samples: list[Sample], *, critic_epochs: int = EPOCHS, with_actor: bool = True
+    ) -> dict[str, float]:
         rows = self.prepare(samples)
-        parts = [rows[i : i + MINI] for _ in range(EPOCHS) for i in range(0, len(rows), MINI)]
-        critic = [self.update_critic(part) for part in parts]
-        actor = [self.update_actor(part) for part in parts]
-        return mean_of(actor, "actor") | mean_of(critic, "critic")
+        parts = [rows[i : i + MINI] for i in range(0, len(rows), MINI)]
+        critic = mean_of([self.update_critic(part) for part in parts * critic_epochs], "critic")
+        if not with_actor:
+            return critic
+        return critic | mean_of([self.update_actor(part) for part in parts * EPOCHS], "actor")
 
     def update_actor(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         outputs = [token_outputs(self.actor, row["sample"]) for row in rows]
@@ -346,8 +359,8 @@ def test_one_rank_equals_the_single_process_reference(folders, solo):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_the_single_process_reference(folders, solo, layout):
-    actor_axes, critic_axes = LAYOUTS[layout]
-    check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8), 8)[0], solo)
+    actor_axes, critic_axes, packed = LAYOUTS[layout]
+    check(run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8, packed=packed), 8)[0], solo)
 
 
 RULE = Rejection(scope="seq_mean", divergence="k1", lower=0.6, upper=1.6)
@@ -362,7 +375,7 @@ def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_an
     alone_log, alone_weights = run_on_ranks(lambda: train(folders, {}, {}, 1, **options), 1)[0]
     areas = ("actor/", "critic/", "parity/", "rollout_corr/")
     wanted = [{key: value for key, value in metrics.items() if key.startswith(areas)} for metrics in alone_log]
-    actor_axes, critic_axes = LAYOUTS["tp2 pp2 dp2, critic tp1 pp2 dp4"]
+    actor_axes, critic_axes, _ = LAYOUTS["tp2 pp2 dp2, critic tp1 pp2 dp4"]
     spread = run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8, **options), 8)[0]
     check(spread, (wanted, alone_weights))
     for metrics in wanted:
@@ -380,3 +393,11 @@ def test_bypass_mode_leaves_out_the_pass_for_old_log_probs_and_corrects_in_the_u
         assert 0 < metrics["actor/rollout_rs_masked_fraction"] < 1
     # Before the first step actor and reference are equal: this is the KL of the engine's recorded log-probs.
     assert log[0]["actor/ref_kl"] > 0.07
+
+
+def test_the_critic_has_epochs_of_its_own_and_a_head_start(folders):
+    result = run_on_ranks(lambda: train(folders, {}, {}, 1, critic_epochs=3, critic_warmup=1), 1)[0]
+    ppo = Solo(folders, value_head(folders))
+    log = [ppo.step(record(step), critic_epochs=3, with_actor=step >= 1) for step in range(STEPS)]
+    check(result, (log, {name: tensor.detach() for name, tensor in ppo.actor.model.state_dict().items()}))
+    assert [any(key.startswith("actor/loss") for key in metrics) for metrics in result[0]] == [False, True, True]

@@ -80,7 +80,8 @@ def test_scores_equal_transformers_classifier_in_every_layout(tmp_path, family):
                 layout=ParallelLayout(world_size=dist.get_world_size(), **layout),
             )
             engine = build_engine(setup)
-            stage = RewardModelStage(engine=engine, encoder=encoder, limit=MicroBatchLimit(samples=2), weight=1.0, on_failure="raise")
+            limit = MicroBatchLimit(samples=2)
+            stage = RewardModelStage(engine=engine, encoder=encoder, limit=limit, weight=1.0, on_failure="raise")
             results.append([sample.reward for sample in stage.score(make_samples())])
             engine.close()
         return results

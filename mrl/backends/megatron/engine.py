@@ -22,6 +22,7 @@ from mrl.backends.megatron.checkpoint import load_role, stage_role
 from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.groups import destroy_groups
 from mrl.backends.megatron.hf_export import StagedExport, stage_hf_weights
+from mrl.backends.megatron.inputs import packed_inputs, padded_inputs
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.model import ModelChunk
 from mrl.backends.megatron.offload import OffloadSettings, RoleOffload
@@ -62,6 +63,8 @@ class EngineParts:
     spec: ModelSpec
     temperature: float
     is_critic: bool
+    packed: bool
+    """Samples of a micro-batch run end to end instead of padded to the longest."""
     device: torch.device
     offload: OffloadSettings
 
@@ -179,7 +182,7 @@ class MegatronEngine:
         micro_batches = self._micro_batches(batch, limit)
         with parts.state:
             self._gather_parameters()
-            outputs = parts.schedule.forward(micro_batches, lambda output, item: self._outputs(output, item.batch)[key])
+            outputs = parts.schedule.forward(micro_batches, lambda output, item: self._outputs(output, item)[key])
         result = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=parts.device)
         for item, output in zip(micro_batches, outputs, strict=False):
             if not item.is_filler:
@@ -190,13 +193,13 @@ class MegatronEngine:
         dist.all_reduce(result, group=parts.groups.dp)
         return result.cpu()
 
-    def _outputs(self, output: Tensor, batch: TrainBatch, *, with_entropy: bool = False) -> dict[str, Tensor]:
+    def _outputs(self, output: Tensor, item: MicroBatch, *, with_entropy: bool = False) -> dict[str, Tensor]:
         parts = self._parts
         if parts.is_critic:
-            return value_output(output, batch)
+            return value_output(output, item.inputs)
         return log_prob_output(
             output,
-            batch,
+            item.inputs,
             tp_group=parts.groups.tp,
             vocab_size=parts.spec.vocab_size,
             temperature=parts.temperature,
@@ -210,6 +213,7 @@ class MegatronEngine:
         rules = PlanRules(
             dp_size=parts.groups.dp.size(),
             count_multiple=parts.schedule.count_multiple,
+            packed=parts.packed,
             crossover=_attention_crossover(parts.spec),
         )
         plan = plan_micro_batches(lengths, limit=limit, rules=rules)
@@ -217,10 +221,11 @@ class MegatronEngine:
         return [self._micro_batch(batch, indices, shortest) for indices in plan[parts.groups.dp.rank()]]
 
     def _micro_batch(self, batch: TrainBatch, indices: list[int], stand_in: int) -> MicroBatch:
-        selected = batch.select(indices or [stand_in]).trim(self._parts.schedule.width_multiple)
-        return MicroBatch(
-            batch=_on_device(selected, self._parts.device), indices=indices or [stand_in], is_filler=not indices
-        )
+        packed, multiple = self._parts.packed, self._parts.schedule.width_multiple
+        chosen = indices or [stand_in]
+        selected = _on_device(batch.select(chosen).trim(1 if packed else multiple), self._parts.device)
+        inputs = packed_inputs(selected, multiple=multiple) if packed else padded_inputs(selected)
+        return MicroBatch(batch=selected, inputs=inputs, indices=chosen, is_filler=not indices)
 
     def _report(self, guarded: _GuardedLoss, contributions: Sequence[dict[str, Metric]]) -> ReducedMetrics:
         """This rank's metrics if it is the one that speaks for its data-parallel rank, after checking its gradients."""
@@ -272,7 +277,7 @@ class _GuardedLoss:
 
     def __call__(self, output: Tensor, item: MicroBatch) -> tuple[Tensor, dict[str, Metric]]:
         """Loss and metrics of one micro-batch; a filler's loss is 0 and it has no metrics."""
-        outputs = self._outputs(output, item.batch)
+        outputs = self._outputs(output, item)
         nothing = torch.stack([part.sum() for part in outputs.values()]).sum() * 0.0
         if item.is_filler or self.error is not None:
             return nothing, {}

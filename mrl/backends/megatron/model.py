@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from mrl.backends.megatron.attention import SequenceAttention
 from mrl.backends.megatron.norm import RMSNorm
-from mrl.backends.megatron.rope import scaled_frequencies
+from mrl.backends.megatron.rope import PackedRotary, scaled_frequencies
 from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
@@ -228,6 +229,8 @@ def _build_gpt(
     if spec.rope_scaling:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, spec.rope_scaling)
+    if not _use_transformer_engine():
+        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb)
     if is_critic and model.post_process:
         model.output_layer = ValueHead(config, groups.tp)
     return model
@@ -247,8 +250,9 @@ def _block_spec(spec: ModelSpec, num_layers: int) -> TransformerBlockSubmodules:
     if spec.moe:
         # Transformer-engine has no linear layer to fuse this norm with; a checkpoint must name it in the same way.
         del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    attention = submodules.self_attention.submodules
+    attention.core_attention = SequenceAttention
     if spec.qk_layernorm:
-        attention = submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

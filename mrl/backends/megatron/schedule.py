@@ -14,15 +14,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mrl.backends.megatron.inputs import ModelInputs
 from mrl.parallel.layout import ParallelLayout
 from mrl.types import TrainBatch
 
 
 @dataclass(kw_only=True, frozen=True)
 class MicroBatch:
-    """Samples that run together, on the device, trimmed to the longest of them."""
+    """Samples that run together, on the device."""
 
     batch: TrainBatch
+    """Trimmed to the longest of them."""
+    inputs: ModelInputs
+    """The same for the model, padded or packed."""
     indices: list[int]
     """Of the samples, in the whole batch."""
     is_filler: bool = False
@@ -30,10 +34,10 @@ class MicroBatch:
 
 
 OutputFn = Callable[[Tensor, MicroBatch], Any]
-"""Model output on the last stage, [b, t, ...] -> this micro-batch's result."""
+"""Model output on the last stage, [b, t, ...] or packed [1, N, ...] -> this micro-batch's result."""
 
 LossStep = Callable[[Tensor, MicroBatch], tuple[Tensor, Any]]
-"""Model output on the last stage, [b, t, ...] -> scalar loss and this micro-batch's result."""
+"""Model output on the last stage, the same -> scalar loss and this micro-batch's result."""
 
 
 class Schedule:
@@ -60,7 +64,7 @@ class Schedule:
 
     @property
     def width_multiple(self) -> int:
-        """The padded length of every micro-batch must be a multiple of this."""
+        """The width of every micro-batch's tokens must be a multiple of this."""
         return self._layout.tp if self._layout.sequence_parallel else 1
 
     def forward(self, micro_batches: Sequence[MicroBatch], output_fn: OutputFn) -> list[Any]:
@@ -91,11 +95,11 @@ class Schedule:
 
         def forward_step(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             item = next(iterator)
-            tokens = item.batch.tokens
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            return module(tokens, positions, None), partial(last_stage, item=item)
+            inputs = item.inputs
+            packed = {} if inputs.packed is None else {"packed_seq_params": inputs.packed}
+            return module(inputs.tokens, inputs.positions, None, **packed), partial(last_stage, item=item)
 
-        first = micro_batches[0].batch.tokens
+        first = micro_batches[0].inputs.tokens
         return self._run(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in self._modules],
@@ -118,10 +122,10 @@ class Schedule:
                 f"micro-batches, not {count}"
             )
         for item in micro_batches:
-            width = item.batch.tokens.shape[1]
+            width = item.inputs.tokens.shape[1]
             if width % self.width_multiple:
                 raise ValueError(
-                    f"sequence parallelism needs micro-batches padded to a multiple of tensor_model_parallel_size = "
+                    f"sequence parallelism needs micro-batches as wide as a multiple of tensor_model_parallel_size = "
                     f"{self._layout.tp} tokens, not {width}"
                 )
 

@@ -50,6 +50,8 @@ class RoleSetup:
     seed: int = 0
     temperature: float = 1.0
     """At which responses are sampled and log-probs taken."""
+    packed: bool = False
+    """Run the samples of a micro-batch end to end instead of padded to the longest."""
     optimizer: OptimizerSettings | None = None
     """None: forward passes only."""
     data_parallel: DataParallelSettings = field(default_factory=DataParallelSettings)
@@ -60,8 +62,6 @@ class RoleSetup:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype = {self.dtype!r} is not supported by Megatron roles; use {' or '.join(_DTYPES)}")
-        if self.layout.cp > 1:
-            raise ValueError(f"context_parallel_size = {self.layout.cp} is not supported; set it to 1")
         if self.kind in ("reference", "reward_model") and self.optimizer is not None:
             raise ValueError(f"a {self.kind.replace('_', ' ')} is not trained; its optimizer must be None")
         if self.kind == "actor" and self.offload.parameters:
@@ -103,6 +103,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             spec=setup.spec,
             temperature=setup.temperature,
             is_critic=is_critic,
+            packed=setup.packed,
             device=device,
             offload=setup.offload,
         )

@@ -222,7 +222,18 @@ CASES = [
     ("trainer.max_critic_ckpt_to_keep=2", [], "the run saves no checkpoint", ["trainer.save_freq=5"]),
     ("trainer.resume_from_path=/c", [], "is not resume_path", ["trainer.resume_mode=resume_path"]),
     ("trainer.ray_wait_register_center_timeout=9", [], "launcher is not ray", ["trainer.launcher=ray"]),
-    ("actor_rollout_ref.model.use_remove_padding=True", [], "padded to their longest", None),
+    (
+        "actor_rollout_ref.model.use_remove_padding=True",
+        [f"{ACTOR}.megatron.use_remove_padding=False"],
+        "takes precedence",
+        [f"{ACTOR}.megatron.use_remove_padding=True"],
+    ),
+    (
+        "critic.model.use_remove_padding=False",
+        ["critic.megatron.use_remove_padding=True"],
+        "takes precedence",
+        ["critic.megatron.use_remove_padding=False"],
+    ),
     (f"{ACTOR}.megatron.optimizer_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=cuda"]),
     (
         "reward.reward_model.megatron.param_offload=True",
