@@ -30,6 +30,7 @@ from mrl.reshard.families import spec_from_config, tensor_shapes
 from mrl.reshard.hf_export import copy_model_files
 from mrl.reshard.spec import load_spec
 from mrl.trainer.manifest import Manifest, describe_role, list_files, record_files, write_manifest
+from mrl.types import MicroBatchLimit
 
 VOCAB = 250
 # 250 rows are padded for tp = 4 only.
@@ -66,7 +67,7 @@ def engine_of(weights: Path, model: Path, axes: dict[str, int], kind: str = "act
 
 def step(engine: MegatronEngine, seed: int) -> dict[str, float]:
     batch = make_batch(VOCAB, 5, seed=seed)
-    return engine.update(batch, policy_loss(batch), micro_batch_size=2, with_entropy=True)
+    return engine.update(batch, policy_loss(batch), limit=MicroBatchLimit(samples=2), with_entropy=True)
 
 
 def write_out(write: CheckpointWrite) -> None:
@@ -140,7 +141,7 @@ def test_transformers_loads_a_converted_checkpoint_with_the_actors_log_probs(run
         for family, axes in LAYOUTS.items():
             engine = engine_of(models[family], models[family], axes)
             engine.load_checkpoint(runs["root"] / family / "actor/dist_ckpt")
-            log_probs.append(engine.compute_log_probs(batch, micro_batch_size=2))
+            log_probs.append(engine.compute_log_probs(batch, limit=MicroBatchLimit(samples=2)))
             engine.close()
         return log_probs
 

@@ -136,7 +136,7 @@ def test_a_gradient_that_is_infinite_in_one_expert_only_stops_the_step(models) -
             if name == "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight":
                 parameter.register_hook(lambda gradient: gradient * torch.inf)
         with pytest.raises(FloatingPointError) as error:
-            engine.update(BATCH, policy_loss(BATCH), micro_batch_size=2, with_entropy=True)
+            engine.update(BATCH, policy_loss(BATCH), limit=MicroBatchLimit(samples=2), with_entropy=True)
         return str(error.value)
 
     assert ["rank 1 has gradients that are not finite" in message for message in run_on_ranks(run, 2)] == [True] * 2
