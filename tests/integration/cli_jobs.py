@@ -101,7 +101,8 @@ def run_command(arguments: Sequence[str], folder: Path, *, during: Callable[[Com
         if during is not None:
             during(command)
         outcome = command.finish()
-    assert set(os.listdir("/dev/shm")) <= before, "shared memory was left behind"
+    left = set(os.listdir("/dev/shm")) - before
+    assert not left, f"shared memory was left behind: {sorted(left)}"
     return outcome
 
 

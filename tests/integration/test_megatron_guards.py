@@ -53,7 +53,7 @@ def role(path: str, world_size: int, **options: Any) -> RoleSetup:
         ({"pp": 4, "vpp": 4}, "virtual_pipeline_model_parallel_size = 16 does not divide num_hidden_layers = 8"),
         ({"cp": 2}, "context_parallel_size = 2 is not supported"),
         ({"dtype": "float16"}, "dtype = 'float16' is not supported"),
-        ({"kind": "reference"}, "a reference model is not trained"),
+        ({"kind": "reference"}, "a reference is not trained; its optimizer must be None"),
     ],
 )
 def test_impossible_setups_are_refused_before_anything_is_built(model, options, message) -> None:
