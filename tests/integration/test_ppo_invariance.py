@@ -288,9 +288,7 @@ class Solo:
         self.kl_coef *= 1 + max(-0.2, min(0.2, error)) * len(rows) / (HORIZON * NUM_PROMPTS)
         return rows
 
-    def step(
-        self, samples: list[Sample], *, critic_epochs: int = EPOCHS, with_actor: bool = True
-    ) -> dict[str, float]:
+    def step(self, samples: list[Sample], *, critic_epochs: int = EPOCHS, with_actor: bool = True) -> dict[str, float]:
         rows = self.prepare(samples)
         parts = [rows[i : i + MINI] for i in range(0, len(rows), MINI)]
         critic = mean_of([self.update_critic(part) for part in parts * critic_epochs], "critic")
