@@ -12,7 +12,7 @@ from mrl.algorithms.policy_losses.gpg import GPG
 from mrl.algorithms.policy_losses.vanilla import Vanilla
 from mrl.algorithms.rollout_correction import Rejection, RolloutCorrection, Weighting
 from mrl.config.actor import CLIP_BELOW_ONE, SEQUENCE_MEAN_LOSSES, KLLossKind, LossAggMode, LossMode
-from mrl.config.inert import LOSS_SETTINGS
+from mrl.config.inert_rules.losses import LOSS_SETTINGS
 from mrl.config.load import load_config
 from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.settings import correction_stage, policy_objective
