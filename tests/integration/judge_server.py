@@ -29,6 +29,7 @@ def served_judge(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    before = set(os.listdir("/dev/shm"))
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(str(model), str(port), log))
     process.start()
     family = [psutil.Process(process.pid)]
@@ -40,6 +41,8 @@ def served_judge(model: Path, log: Path) -> Iterator[str]:
         process.join(60)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not [relative for relative in alive if relative.status() != psutil.STATUS_ZOMBIE], log.read_text()
+        left = set(os.listdir("/dev/shm")) - before
+        assert not left, f"shared memory was left behind: {sorted(left)}"
     finally:
         for relative in family:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -193,7 +193,7 @@ def _construct(
     managers: list[Any] = []
 
     def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
-        processes.files += _files_of(ports)
+        processes.files += files_of(ports)
         restore_environment()
         if during_start is not None:
             try:
@@ -302,7 +302,7 @@ def _family(process: BaseProcess) -> list[psutil.Process]:
         return []
 
 
-def _files_of(ports: Any) -> list[Path]:
+def files_of(ports: Any) -> list[Path]:
     """The sockets and the shared memory that SGLang makes for these ports."""
     addresses = [value for value in vars(ports).values() if isinstance(value, str) and value.startswith("ipc://")]
     sockets = [Path(address.removeprefix("ipc://")) for address in addresses]

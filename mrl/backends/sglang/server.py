@@ -65,18 +65,38 @@ def _serve(flags: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from mrl.backends.sglang.launch import files_of
+
     parsed = prepare_server_args(flags)
     if parsed.device == "cpu":
         os.environ.update(child_environment("cpu", parsed.tp_size))
         sglang_engine.mp = _Forking()
 
+    made = _record_ports(sglang_engine.PortArgs)
+
     def announce() -> None:
+        # Every process has opened them; without their names nothing is left, however the server ends.
+        for path in (path for ports in made for path in files_of(ports)):
+            path.unlink(missing_ok=True)
         logger.info("judge %s answers at http://%s:%s/v1", parsed.model_path, parsed.host, parsed.port)
 
     try:
         launch_server(parsed, launch_callback=announce)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _record_ports(port_args: Any) -> list[Any]:
+    """A list that will hold the ports of the server: SGLang leaves the files that it makes for them."""
+    made: list[Any] = []
+    choose = port_args.init_new
+
+    def init_new(*args: Any, **kwargs: Any) -> Any:
+        made.append(choose(*args, **kwargs))
+        return made[-1]
+
+    port_args.init_new = staticmethod(init_new)
+    return made
 
 
 class _Forking:
