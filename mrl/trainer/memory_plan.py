@@ -6,7 +6,7 @@ Activations, CUDA contexts and graphs, communication buffers and workspaces come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mrl.parallel.auto_layout import BytesPerParameter, rank_bytes
@@ -77,29 +77,24 @@ class MemoryPlan:
 
     def check(self) -> None:
         """Raise ValueError, with every item, if a phase cannot fit."""
-        training, rollout, host = self._totals()
         needs = (
-            ("training", training, self.capacity, _TRAINING_REMEDY),
-            ("the rollout", rollout, self.capacity, _ROLLOUT_REMEDY),
-            ("host memory for what is offloaded", host, self.host_capacity, _HOST_REMEDY),
+            ("training", [item.training for item in self.items], self.capacity, _TRAINING_REMEDY),
+            ("the rollout", [item.rollout for item in self.items], self.capacity, _ROLLOUT_REMEDY),
+            ("host memory for what is offloaded", [item.host for item in self.items], self.host_capacity, _HOST_REMEDY),
         )
-        for phase, need, capacity, remedy in needs:
+        for phase, shares, capacity, remedy in needs:
+            need = sum(shares)
             if need > capacity:
-                items = ", ".join(self._shares(phase))
+                named = zip(self.items, shares, strict=True)
+                listed = ", ".join(f"{item.name} {share / _GIB:.2f}" for item, share in named if share)
                 raise ValueError(
-                    f"{phase} needs {need / _GIB:.2f} GiB ({items}), but there are {capacity / _GIB:.2f} GiB, before "
+                    f"{phase} needs {need / _GIB:.2f} GiB ({listed}), but there are {capacity / _GIB:.2f} GiB, before "
                     f"any activation; {remedy}"
                 )
 
     def _totals(self) -> tuple[int, int, int]:
         items = self.items
         return sum(i.training for i in items), sum(i.rollout for i in items), sum(i.host for i in items)
-
-    def _shares(self, phase: str) -> Iterable[str]:
-        for item in self.items:
-            num_bytes = {"training": item.training, "the rollout": item.rollout}.get(phase, item.host)
-            if num_bytes:
-                yield f"{item.name} {num_bytes / _GIB:.2f}"
 
 
 _TRAINING_REMEDY = (
