@@ -27,6 +27,7 @@ from mrl.launch.environment import RankEnvironment
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_S = 10.0
 _SETTLE_S = 0.5
 
@@ -70,7 +71,7 @@ def run_ranks(
     ranks: list[_Rank] = []
     with _interrupt_on_sigterm():
         try:
-            with socket.create_server(("127.0.0.1", 0), backlog=world_size) as server:
+            with socket.create_server(("127.0.0.1", 0), backlog=world_size) as server, _signals_held():
                 for env in _environments(world_size, server):
                     ranks.append(_fork(rank_main, env, user_errors))
             _collect(ranks, timeout_s)
@@ -110,6 +111,7 @@ def _child(rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_err
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     env.export()
     if env.rank and env.listen_fd is not None:
         os.close(env.listen_fd)
@@ -141,6 +143,16 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Delivers SIGINT and SIGTERM only at the end: between a fork and its record they would leave a rank unknown."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _collect(ranks: list[_Rank], timeout_s: float | None) -> None:
