@@ -65,7 +65,10 @@ class TrainerConfig(Section):
     resume_from_path: str | None = None
     """Checkpoint folder for `resume_mode=resume_path`."""
     ray_wait_register_center_timeout: int = 300
-    """Longest wait for Ray's workers to join, in seconds."""
+    """Longest wait for the job's hosts to join, in seconds, whatever starts them."""
+    network_interface: str | None = None
+    """Interface, such as ib0, whose address each host has for the others, for all but NCCL's own transports; null takes
+    GLOO_SOCKET_IFNAME, else the interface that leads to host 0. MRL_HOST_ADDRESS, set on a host, overrides it."""
     engine_start_timeout_s: float = 600.0
     """Longest start of a rollout engine, in seconds."""
     engine_call_timeout_s: float = 1800.0

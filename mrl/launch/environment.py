@@ -1,4 +1,4 @@
-"""A rank's place in the job, read from whatever started it."""
+"""A process's place in the job, read from whatever started it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,32 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mrl.launch.addresses import LOOPBACK, socket_variables
+from mrl.launch.slurm import read_slurm_task
+from mrl.launch.task import Task, read_numbers
+
 LAUNCHERS = ("auto", "local", "torchrun", "slurm", "ray")
 
 
 @dataclass(kw_only=True, frozen=True)
 class RankEnvironment:
-    """What torch.distributed needs to know of this process."""
+    """What torch.distributed needs to know of this process. Ranks are numbered host by host."""
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
     master_addr: str
+    """Where the job's store listens."""
     master_port: int
-    listen_fd: int | None = None
-    """Socket that already listens on master_port, in ranks that share it with their parent."""
+    node_rank: int = 0
+    host_address: str = LOOPBACK
+    """Under which the other hosts reach this rank's host."""
 
     def export(self) -> None:
-        """Set the environment variables of torch's env:// rendezvous in this process."""
+        """Set what torch, gloo, NCCL and the engines read in this process; a user's choice of interface stays."""
+        for name, value in socket_variables(self.host_address).items():
+            os.environ.setdefault(name, value)
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),
@@ -34,14 +42,44 @@ class RankEnvironment:
         )
 
 
+def host_environments(
+    *,
+    num_nodes: int,
+    ranks_per_node: int,
+    master_addr: str,
+    master_port: int,
+    node_rank: int = 0,
+    host_address: str = LOOPBACK,
+) -> list[RankEnvironment]:
+    """The ranks of one host of a job."""
+    return [
+        RankEnvironment(
+            rank=node_rank * ranks_per_node + local_rank,
+            local_rank=local_rank,
+            world_size=num_nodes * ranks_per_node,
+            local_world_size=ranks_per_node,
+            master_addr=master_addr,
+            master_port=master_port,
+            node_rank=node_rank,
+            host_address=host_address,
+        )
+        for local_rank in range(ranks_per_node)
+    ]
+
+
 def detect_launcher(requested: str, environ: Mapping[str, str]) -> str:
     """The launcher that started this process: `requested` unless it is "auto".
+
+    Returns:
+        One of LAUNCHERS, or "host" where a driver started this process for one host and said so in MRL_NODE_RANK.
 
     Raises:
         ValueError: an unknown launcher, or one whose environment variables are absent.
     """
     if requested not in LAUNCHERS:
         raise ValueError(f"trainer.launcher = {requested!r} is not one of {', '.join(LAUNCHERS)}")
+    if "MRL_NODE_RANK" in environ:
+        return "host"
     if requested == "ray":
         raise ValueError("trainer.launcher = ray is not available in this version; use local or torchrun")
     if requested != "auto":
@@ -52,34 +90,48 @@ def detect_launcher(requested: str, environ: Mapping[str, str]) -> str:
         return requested
     if "TORCHELASTIC_RUN_ID" in environ:
         return "torchrun"
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    # A batch script has SLURM_PROCID = 0 too, but only what srun started is in a step.
+    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
     return "local"
 
 
-def read_environment(launcher: str, environ: Mapping[str, str]) -> RankEnvironment:
-    """This rank's environment under torchrun or srun.
+def read_task(launcher: str, environ: Mapping[str, str]) -> Task:
+    """This process's place among those that `launcher` started.
 
     Raises:
         ValueError: a variable the launcher should have set is missing.
     """
-    names = _TORCHRUN_NAMES if launcher == "torchrun" else _SLURM_NAMES
-    missing = [name for name in (*names.values(), "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if missing:
-        raise ValueError(f"launcher {launcher} did not set {', '.join(missing)}; export them for every task")
-    numbers = {field: int(environ[name].split("(")[0]) for field, name in names.items()}
-    return RankEnvironment(**numbers, master_addr=environ["MASTER_ADDR"], master_port=int(environ["MASTER_PORT"]))
+    match launcher:
+        case "torchrun":
+            return _read_torchrun_task(environ)
+        case "slurm":
+            return read_slurm_task(environ)
+        case "host":
+            return _read_host_task(environ)
+        case _:
+            return Task(index=0, count=1, local_index=0, node_rank=0, master_addr=LOOPBACK, owns_host=True)
 
 
-_TORCHRUN_NAMES = {
-    "rank": "RANK",
-    "local_rank": "LOCAL_RANK",
-    "world_size": "WORLD_SIZE",
-    "local_world_size": "LOCAL_WORLD_SIZE",
-}
-_SLURM_NAMES = {
-    "rank": "SLURM_PROCID",
-    "local_rank": "SLURM_LOCALID",
-    "world_size": "SLURM_NTASKS",
-    "local_world_size": "SLURM_NTASKS_PER_NODE",
-}
+def _read_torchrun_task(environ: Mapping[str, str]) -> Task:
+    names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK", "node_rank": "GROUP_RANK"}
+    numbers = read_numbers("torchrun", names | {"master_port": "MASTER_PORT"}, environ, also=["MASTER_ADDR"])
+    return Task(
+        **numbers,
+        master_addr=environ["MASTER_ADDR"],
+        host_address=environ.get("MRL_HOST_ADDRESS"),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _read_host_task(environ: Mapping[str, str]) -> Task:
+    names = {"index": "MRL_NODE_RANK", "count": "MRL_NNODES", "master_port": "MASTER_PORT"}
+    numbers = read_numbers("host", names, environ, also=["MASTER_ADDR", "MRL_HOST_ADDRESS"])
+    return Task(
+        **numbers,
+        local_index=0,
+        node_rank=numbers["index"],
+        master_addr=environ["MASTER_ADDR"],
+        host_address=environ["MRL_HOST_ADDRESS"],
+        owns_host=True,
+    )

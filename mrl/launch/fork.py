@@ -12,17 +12,18 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
 
-from mrl.launch.environment import RankEnvironment
+from mrl.launch.addresses import LOOPBACK
+from mrl.launch.environment import RankEnvironment, host_environments
+from mrl.launch.store import serve_store
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class RankFailure(RuntimeError):
 
 @dataclass(slots=True)
 class _Rank:
+    number: int
     process: ForkProcess
     pipe: Connection
     outcome: tuple[str, Any] | None = None
@@ -58,7 +60,20 @@ def run_ranks(
     timeout_s: float | None = None,
     user_errors: tuple[type, ...] = (ValueError,),
 ) -> list[Any]:
-    """Run `rank_main` in `world_size` forked processes and return their results in rank order.
+    """Run `rank_main` in all `world_size` ranks of a job on this host; see `run_host_ranks`."""
+    with serve_store(LOOPBACK) as port:
+        environments = host_environments(num_nodes=1, ranks_per_node=world_size, master_addr=LOOPBACK, master_port=port)
+        return run_host_ranks(rank_main, environments, timeout_s=timeout_s, user_errors=user_errors)
+
+
+def run_host_ranks(
+    rank_main: RankMain,
+    environments: Sequence[RankEnvironment],
+    *,
+    timeout_s: float | None = None,
+    user_errors: tuple[type, ...] = (ValueError,),
+) -> list[Any]:
+    """Run `rank_main` in a forked process for each of this host's ranks and return their results in that order.
 
     When a rank fails, the others are stopped: SIGTERM, then SIGKILL after a grace period. SIGINT and SIGTERM to this
     process stop all of them too. No child outlives this call or this process.
@@ -71,29 +86,13 @@ def run_ranks(
     ranks: list[_Rank] = []
     with _interrupt_on_sigterm():
         try:
-            with socket.create_server(("127.0.0.1", 0), backlog=world_size) as server, _signals_held():
-                for env in _environments(world_size, server):
+            with _signals_held():
+                for env in environments:
                     ranks.append(_fork(rank_main, env, user_errors))
             _collect(ranks, timeout_s)
         finally:
             _stop(ranks)
     return [rank.outcome[1] for rank in ranks if rank.outcome is not None]
-
-
-def _environments(world_size: int, server: socket.socket) -> list[RankEnvironment]:
-    host, port = server.getsockname()
-    return [
-        RankEnvironment(
-            rank=rank,
-            local_rank=rank,
-            world_size=world_size,
-            local_world_size=world_size,
-            master_addr=host,
-            master_port=port,
-            listen_fd=server.fileno(),
-        )
-        for rank in range(world_size)
-    ]
 
 
 def _fork(rank_main: RankMain, env: RankEnvironment, user_errors: tuple[type, ...]) -> _Rank:
@@ -102,7 +101,7 @@ def _fork(rank_main: RankMain, env: RankEnvironment, user_errors: tuple[type, ..
     process = context.Process(target=_child, args=(rank_main, env, sender, user_errors), name=f"rank {env.rank}")
     process.start()
     sender.close()
-    return _Rank(process, receiver)
+    return _Rank(env.rank, process, receiver)
 
 
 def _child(rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_errors: tuple[type, ...]) -> None:
@@ -112,10 +111,8 @@ def _child(rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_err
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    env.export()
-    if env.rank and env.listen_fd is not None:
-        os.close(env.listen_fd)
     try:
+        env.export()
         outcome = ("ok", rank_main(env))
     except SystemExit as stop:
         outcome = ("stopped", stop.code)
@@ -157,26 +154,27 @@ def _signals_held() -> Iterator[None]:
 
 def _collect(ranks: list[_Rank], timeout_s: float | None) -> None:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    waiting = {rank.pipe: index for index, rank in enumerate(ranks)}
+    waiting = {rank.pipe: rank for rank in ranks}
     while waiting:
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(list(waiting), remaining)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(waiting.values())} did not end within {timeout_s:.0f} s")
-        failures = _receive_failures(ranks, ready, waiting)
+            late = sorted(rank.number for rank in waiting.values())
+            raise TimeoutError(f"ranks {late} did not end within {timeout_s:.0f} s")
+        failures = _receive_failures(ready, waiting)
         if failures:
             # A rank's end breaks the others' collectives at once; its own error may arrive after theirs.
-            failures += _receive_failures(ranks, wait(list(waiting), _SETTLE_S) if waiting else [], waiting)
+            failures += _receive_failures(wait(list(waiting), _SETTLE_S) if waiting else [], waiting)
             raise min(failures, key=_blame)
 
 
-def _receive_failures(ranks: list[_Rank], ready: list[Any], waiting: dict[Connection, int]) -> list[RankFailure]:
+def _receive_failures(ready: list[Any], waiting: dict[Connection, _Rank]) -> list[RankFailure]:
     failures = []
     for pipe in ready:
-        index = waiting.pop(pipe)
-        ranks[index].outcome = outcome = _receive(ranks[index])
+        rank = waiting.pop(pipe)
+        rank.outcome = outcome = _receive(rank)
         if outcome[0] != "ok":
-            failures.append(_failure(index, *outcome))
+            failures.append(_failure(rank.number, *outcome))
     return failures
 
 
@@ -188,12 +186,12 @@ def _receive(rank: _Rank) -> tuple[str, Any]:
         return "died", rank.process.exitcode
 
 
-def _failure(index: int, kind: str, detail: Any) -> RankFailure:
+def _failure(number: int, kind: str, detail: Any) -> RankFailure:
     if kind == "died":
-        detail = f"rank {index} died with exit status {detail} (negative: killed by that signal)"
+        detail = f"rank {number} died with exit status {detail} (negative: killed by that signal)"
     elif kind == "stopped":
-        detail = f"rank {index} was stopped (exit status {detail})"
-    return RankFailure(index, str(detail), user_error=kind == "user_error")
+        detail = f"rank {number} was stopped (exit status {detail})"
+    return RankFailure(number, str(detail), user_error=kind == "user_error")
 
 
 def _blame(failure: RankFailure) -> tuple[bool, bool, int]:

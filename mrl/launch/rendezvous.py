@@ -7,24 +7,17 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mrl.launch.environment import RankEnvironment
+from mrl.launch.store import connect_store
 
 
-def init_process_group(env: RankEnvironment, *, backend: str, timeout: timedelta) -> None:
+def init_process_group(
+    env: RankEnvironment, *, backend: str, timeout: timedelta, store: dist.Store | None = None
+) -> None:
     """Join the job's default process group. Called by all ranks.
 
-    A locally forked rank 0 listens on the socket that its parent bound: a port that was only looked up could be taken
-    before it is used.
+    Args:
+        store: this rank's client of the job's store; None makes one.
     """
-    if env.listen_fd is None:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    is_master = env.rank == 0
-    store = dist.TCPStore(
-        env.master_addr,
-        env.master_port,
-        env.world_size,
-        is_master,
-        timeout=timeout,
-        master_listen_fd=env.listen_fd if is_master else None,
-    )
-    dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
+    store = store or connect_store(env.master_addr, env.master_port, timeout=timeout)
+    ranks = dist.PrefixStore("ranks", store)
+    dist.init_process_group(backend, store=ranks, rank=env.rank, world_size=env.world_size, timeout=timeout)

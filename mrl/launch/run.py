@@ -7,14 +7,16 @@ import os
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import cache, partial
 
 from mrl.config.inert import find_inert_on_cpu
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
 from mrl.interfaces import EngineError, RewardError
-from mrl.launch.environment import RankEnvironment, detect_launcher, read_environment
-from mrl.launch.fork import RankFailure, run_ranks
+from mrl.launch.environment import RankEnvironment, detect_launcher, read_task
+from mrl.launch.fork import RankFailure, run_host_ranks
+from mrl.launch.hosts import Job, join_job
 from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
@@ -31,11 +33,23 @@ USER_ERRORS = (ValueError, EngineError, RewardError)
 def launch(config: PPOConfig) -> int:
     """Train as configured and return the exit status."""
     _prepare_process()
+    trainer = config.trainer
     try:
-        launcher = detect_launcher(config.trainer.launcher, os.environ)
-        env = None if launcher == "local" else read_environment(launcher, os.environ)
-        with claim_run_folder(run_folder(config)) if env is None or env.rank == 0 else nullcontext():
-            return _launch_local(config) if env is None else _launch_rank(config, env)
+        task = read_task(detect_launcher(trainer.launcher, os.environ), os.environ)
+        with (
+            claim_run_folder(run_folder(config)) if task.index == 0 else nullcontext(),
+            join_job(
+                task,
+                num_nodes=trainer.nnodes,
+                ranks_per_node=trainer.n_gpus_per_node,
+                interface=trainer.network_interface,
+                timeout=timedelta(seconds=trainer.ray_wait_register_center_timeout),
+            ) as job,
+        ):
+            status = _launch_host(config, job) if job.runs_host else _launch_rank(config, job.ranks[0])
+            if status == 0:
+                job.leave()
+            return status
     except USER_ERRORS as error:
         logger.error("%s", error)
         return 1
@@ -52,34 +66,34 @@ def _prepare_process() -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning)
 
 
-def _launch_local(config: PPOConfig) -> int:
+def _launch_host(config: PPOConfig, job: Job) -> int:
     start = time.perf_counter()
+    first = job.ranks[0].rank
+    setup_logging(rank=first)
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
-    _announce(config, plan)
-    logger.info("importing Megatron and SGLang, then forking %d ranks", plan.world_size)
+    if first == 0:
+        _announce(config, plan)
+    logger.info("importing Megatron and SGLang, then forking %d ranks", len(job.ranks))
     if plan.device == "cpu":
         # Not with GPUs: the imports create a CUDA context, which no forked process could use.
         _preload()
     try:
-        run_ranks(partial(_run_rank, config, plan, inputs), plan.world_size, user_errors=USER_ERRORS)
+        run_host_ranks(partial(_run_rank, config, plan, inputs), job.ranks, user_errors=USER_ERRORS)
     except RankFailure as failure:
         logger.error("rank %d: %s", failure.rank, failure)
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted; all ranks are stopped, %s keeps what was written", plan.run_dir)
         return 130
-    show_table("Result", summarize_run(plan.run_dir, wall_s=time.perf_counter() - start))
+    if first == 0:
+        show_table("Result", summarize_run(plan.run_dir, wall_s=time.perf_counter() - start))
     return 0
 
 
 def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     setup_logging(rank=env.rank)
-    if env.world_size != config.trainer.world_size:
-        raise ValueError(
-            f"the launcher started {env.world_size} ranks, but trainer.nnodes x trainer.n_gpus_per_node = "
-            f"{config.trainer.world_size}; make them equal"
-        )
+    env.export()
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
@@ -45,7 +44,6 @@ class ColocatedRollout:
         source: what this rank exports of the actor's weights; its buffers never move.
         max_running_requests: most prompts one engine has in flight.
         weight_version: version of the first update; each later one adds 1.
-        timeout: of the shared queue's store.
 
     Raises:
         ValueError: no rank has an engine.
@@ -59,7 +57,6 @@ class ColocatedRollout:
         source: SourceRank,
         max_running_requests: int = 256,
         weight_version: int = 0,
-        timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         self._engine = engine
         initialized = dist.is_initialized()
@@ -72,7 +69,7 @@ class ColocatedRollout:
         if not self._leaders:
             raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
         self._control = {"spec": spec.to_json(), "sources": [each.to_json() for each in sources]}
-        self._store = open_store(timeout)
+        self._store = open_store()
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from datetime import timedelta
+import uuid
 
 import torch.distributed as dist
 
 from mrl.parallel.agreement import broadcast_result
 
 
-def open_store(timeout: timedelta) -> dist.Store:
-    """A store that rank 0 serves. Called by all ranks."""
+def open_store() -> dist.Store:
+    """The store of this job's ranks, under a prefix nobody else uses. Called by all ranks."""
     if not dist.is_initialized():
         return dist.HashStore()
-    server: list[dist.TCPStore] = []
-
-    def serve() -> tuple[str, int]:
-        host = _reachable_host()
-        server.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout))
-        return host, server[0].port
-
-    host, port = broadcast_result(serve)
-    return server[0] if server else dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout)
+    prefix = broadcast_result(lambda: uuid.uuid4().hex)
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 
 class SharedQueue:
@@ -40,9 +31,3 @@ class SharedQueue:
     def close(self) -> None:
         """Leave nothing for other ranks to take."""
         self._store.add(self._name, self._size)
-
-
-def _reachable_host() -> str:
-    """The address under which the other ranks reach this one."""
-    master = os.environ.get("MASTER_ADDR", "")
-    return "127.0.0.1" if master in ("127.0.0.1", "localhost") else socket.gethostname()

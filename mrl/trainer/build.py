@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -205,7 +204,6 @@ class _Builder:
             spec=plan.actor.spec,
             source=actor.export_weights(),
             max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,
-            timeout=timedelta(seconds=config.trainer.phase_timeout_s),
             weight_version=plan.resume.manifest.weight_version if plan.resume else 0,
         )
 

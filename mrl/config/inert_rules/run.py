@@ -105,9 +105,9 @@ RUN_RULES = (
         reason="trainer.resume_mode is not resume_path",
     ),
     Rule(
-        keys=("trainer.ray_wait_register_center_timeout",),
-        when=lambda config: config.trainer.launcher != "ray",
-        reason="trainer.launcher is not ray",
+        keys=("trainer.ray_wait_register_center_timeout", "trainer.network_interface"),
+        when=lambda config: config.trainer.nnodes == 1,
+        reason="trainer.nnodes is 1, so there is no other host",
     ),
     Rule(
         keys=(f"{ACTOR}.clip_ratio",),

@@ -221,7 +221,8 @@ CASES = [
     ("trainer.max_actor_ckpt_to_keep=2", [], "the run saves no checkpoint", ["trainer.save_freq=5"]),
     ("trainer.max_critic_ckpt_to_keep=2", [], "the run saves no checkpoint", ["trainer.save_freq=5"]),
     ("trainer.resume_from_path=/c", [], "is not resume_path", ["trainer.resume_mode=resume_path"]),
-    ("trainer.ray_wait_register_center_timeout=9", [], "launcher is not ray", ["trainer.launcher=ray"]),
+    ("trainer.ray_wait_register_center_timeout=9", [], "there is no other host", ["trainer.nnodes=2"]),
+    ("trainer.network_interface=ib0", [], "there is no other host", ["trainer.nnodes=2"]),
     (
         "actor_rollout_ref.model.use_remove_padding=True",
         [f"{ACTOR}.megatron.use_remove_padding=False"],
