@@ -4,14 +4,17 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test unit lint env lock clean
+.PHONY: demo test test-hosts unit lint env lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train PPO on the embedded task: 8 ranks, real engines, no GPU needed
 	$(VENV)/bin/mrl demo $(ARGS)
 
 test: lint  ## everything that CI checks
-	$(PYTHON) -m pytest tests $(ARGS)
+	$(PYTHON) -m pytest tests --ignore=tests/hosts $(ARGS)
+
+test-hosts: $(STAMP)  ## jobs over several hosts, which are network namespaces of this one: needs root
+	$(PYTHON) -m pytest tests/hosts -rs $(ARGS)
 
 unit: $(STAMP)  ## the fast part of the tests
 	$(PYTHON) -m pytest tests/unit $(ARGS)
