@@ -4,20 +4,23 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-hosts unit lint env lock clean
+.PHONY: demo test test-hosts unit integration lint env lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train PPO on the embedded task: 8 ranks, real engines, no GPU needed
 	$(VENV)/bin/mrl demo $(ARGS)
 
-test: lint  ## everything that CI checks
-	$(PYTHON) -m pytest tests --ignore=tests/hosts $(ARGS)
+test: $(STAMP)  ## everything that CI checks; two at a time, since ranks that wait for each other leave time to the rest
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target integration lint unit
 
 test-hosts: $(STAMP)  ## jobs over several hosts, which are network namespaces of this one: needs root
 	$(PYTHON) -m pytest tests/hosts -rs $(ARGS)
 
 unit: $(STAMP)  ## the fast part of the tests
 	$(PYTHON) -m pytest tests/unit $(ARGS)
+
+integration: $(STAMP)  ## the tests with real ranks and engines
+	$(PYTHON) -m pytest tests/integration $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check mrl tests tools examples setup.py

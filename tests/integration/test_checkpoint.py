@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, str, bool, list[dict[str, Any]], list[dict[str, Any]
         "qwen2",
         True,
         [SEQUENCE_PARALLEL, {}, {"pp": 2, "vpp": 2}],
-        [SEQUENCE_PARALLEL, {"pp": 2, "vpp": 2}, {}, {"tp": 4}],
+        [SEQUENCE_PARALLEL, {"pp": 2, "vpp": 2}, {"tp": 4}],
     ),
     "tied actor": ("actor", "llama", True, [{"tp": 4}], [{"pp": 2}]),
     "experts": (
@@ -68,8 +68,8 @@ CASES: dict[str, tuple[str, str, bool, list[dict[str, Any]], list[dict[str, Any]
         "critic",
         "llama",
         False,
-        [{"pp": 4, "vpp": 2}, {"tp": 2}],
-        [{"pp": 4, "vpp": 2}, {"tp": 2}],
+        [{"pp": 2, "vpp": 2}, {"tp": 2}],
+        [{"pp": 2, "vpp": 2}, {"tp": 2}],
     ),
 }
 """Role, model, kind of optimizer, layouts that save and layouts that load."""

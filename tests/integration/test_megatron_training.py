@@ -37,11 +37,11 @@ OVERLAPPED = DataParallelSettings(
     use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=60_000
 )
 
-# Log-probs of magnitude 6, losses of 1, gradient norms of 1: float32 rounding through 8 layers.
+# Log-probs of magnitude 6, losses of 1, gradient norms of 1: float32 rounding through 4 or 8 layers.
 LOG_PROB_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 2e-5
-# Three Adam steps move a weight by 1e-2; the layouts' and AdamW's weights differ by rounding of the gradients.
+# Two Adam steps move a weight by 1e-2; the layouts' and AdamW's weights differ by rounding of the gradients.
 WEIGHT_TOLERANCE = 2e-5
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -70,14 +70,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"tp": 4, "pp": 2, "sequence_parallel": True},
         {"packed": True, "limit": FEW_TOKENS, "recompute": Recompute(granularity="selective")},
     ),
-    "norms on q and k, kv heads < tp: tp4 dp2": ("qwen3", {"tp": 4}, {}),
+    "norms on q and k, kv heads < tp: tp4 dp2 sp": ("qwen3", {"tp": 4, "sequence_parallel": True}, {}),
     "experts: tp2 ep4 dp4 sp": ("qwen3_moe", {"tp": 2, "ep": 4, "sequence_parallel": True}, {}),
     "experts: pp2 vpp2 ep2 dp4 recompute": (
         "mixtral",
         {"pp": 2, "vpp": 2, "ep": 2},
         {"data_parallel": DISTRIBUTED, "recompute": FULL},
     ),
-    "norms on q and k: tp2 pp2 vpp2 dp2 sp": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, {}),
 }
 
 
@@ -86,7 +85,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("models")
     return {
         # 250 rows: divisible by tp = 2, padded for tp = 4. The tied Llama's 2 KV heads are fewer than tp = 4.
-        "qwen2": save_tiny_model(folder / "qwen2", "qwen2", vocab_size=VOCAB, kv_heads=4, sharded=True),
+        "qwen2": save_tiny_model(folder / "qwen2", "qwen2", vocab_size=VOCAB, kv_heads=4, layers=8, sharded=True),
         "llama": save_tiny_model(folder / "llama", "llama", vocab_size=VOCAB, kv_heads=2, tied=True),
         "qwen3_moe": save_tiny_model(folder / "qwen3_moe", "qwen3_moe", vocab_size=VOCAB, kv_heads=2),
         "mixtral": save_tiny_model(folder / "mixtral", "mixtral", vocab_size=VOCAB, kv_heads=2),
@@ -95,8 +94,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def mini_batches() -> list:
-    # 13 samples: not a multiple of any data-parallel size times micro-batch size.
-    return [make_batch(VOCAB, 13, seed=seed) for seed in range(3)]
+    # 7 samples: not a multiple of any data-parallel size times micro-batch size.
+    return [make_batch(VOCAB, 7, seed=seed) for seed in range(2)]
 
 
 def run_reference(path: str) -> tuple[Any, ...]:

@@ -142,12 +142,13 @@ def test_coroutine_functions_run_at_once_in_one_worker(write_function):
         ("None", "returned None, which is neither a number"),
         ("{'points': 1}", "a mapping without 'score'"),
         ("os._exit(3)", r"died \(exit status 3\)"),
-        ("time.sleep(60)", "took longer than its time limit of 1 s"),
-        ("'a' * 30 and __import__('re').match('(a+)+b', 'a' * 40)", "took longer than its time limit of 1 s"),
+        ("time.sleep(60)", "took longer than its time limit of 2 s"),
+        ("'a' * 30 and __import__('re').match('(a+)+b', 'a' * 40)", "took longer than its time limit of 2 s"),
     ],
 )
 def test_a_failing_sample_ends_the_run_naming_it(write_function, expression, complaint):
-    with build_reward_fn(path=write_function(OBEDIENT), num_workers=2, timeout_s=1) as reward:
+    timeout_s = 2 if "time limit" in complaint else 60
+    with build_reward_fn(path=write_function(OBEDIENT), num_workers=2, timeout_s=timeout_s) as reward:
         samples = [make_sample("1"), make_sample(expression, uid="val.parquet:3"), make_sample("0")]
         with pytest.raises(RewardError, match=rf"'val.parquet:3' \(data_source 'sums'\) .*{complaint}"):
             reward(samples)
@@ -155,7 +156,7 @@ def test_a_failing_sample_ends_the_run_naming_it(write_function, expression, com
 
 
 def test_failures_score_zero_and_are_counted_if_asked(write_function, caplog):
-    with build_reward_fn(path=write_function(OBEDIENT), num_workers=2, timeout_s=1, on_failure="zero") as reward:
+    with build_reward_fn(path=write_function(OBEDIENT), num_workers=2, timeout_s=2, on_failure="zero") as reward:
         texts = ("1", "1 / 0", "time.sleep(60)", "os._exit(1)")
         scored = reward([make_sample(text) for text in texts])
     assert scored == [(1.0, {FAILED_KEY: 0.0}), *[(0.0, {FAILED_KEY: 1.0})] * 3]
@@ -171,7 +172,7 @@ def test_a_coroutine_past_its_time_limit_fails_alone(write_function):
             return 1
         """
     )
-    with build_reward_fn(path=path, num_workers=1, timeout_s=0.5, on_failure="zero") as reward:
+    with build_reward_fn(path=path, num_workers=1, timeout_s=2, on_failure="zero") as reward:
         assert [score for score, _ in reward([make_sample("0"), make_sample("30"), make_sample("0.1")])] == [1, 0, 1]
 
 
@@ -224,7 +225,7 @@ def test_workers_die_with_a_killed_parent_even_when_they_hang(write_function, tm
     worker = psutil.Process(int((tmp_path / "pid").read_text()))
     parent.kill()
     parent.wait()
-    worker.wait(timeout=10)
+    worker.wait(timeout=30)
 
 
 def test_a_forked_child_scores_with_workers_of_its_own(write_function, worker_processes):
@@ -280,7 +281,7 @@ def test_built_in_verifiers_are_chosen_by_data_source():
 def test_importing_a_verifier_s_library_does_not_count_against_a_sample():
     entry = '{"answer": "4", "metadata": {"difficulty": {}}}'
     sample = make_sample("<answer>4</answer>", data_source="reasoning_gym/leg_counting", extra_info={"entry": entry})
-    with build_reward_fn(num_workers=1, timeout_s=0.5) as reward:
+    with build_reward_fn(num_workers=1, timeout_s=1) as reward:
         assert reward([sample]) == [(1.0, {})]
 
 
