@@ -88,6 +88,11 @@ class RewardConfig(Section):
     """Samples scored at the same time; several functions share them."""
     timeout_s: float = 60.0
     """Longest time for one sample, in seconds; a slower one counts as a failure."""
+    sandbox: bool = False
+    """Call functions and verifiers without network, in a process that sees no other; the kernel has to permit user
+    namespaces (docs/security.md)."""
+    pass_environment: tuple[str, ...] = ()
+    """Environment variables for functions that would be withheld: the cluster's, and those named like secrets."""
     on_failure: OnFailure = "zero"
     """A sample whose scoring fails, hangs or gives no finite number scores 0 (`reward/failed`), or ends the run."""
 

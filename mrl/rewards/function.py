@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mrl.rewards import rules
-from mrl.rewards.pool import WorkerPool
-from mrl.rewards.worker import FunctionSpec, Item, Outcome
+from mrl.rewards.messages import Item, Outcome
+from mrl.rewards.pool import Limits, WorkerPool
+from mrl.rewards.worker import FunctionSpec
 from mrl.types import Sample
 
 _MAX_WORKERS = 8
@@ -31,6 +32,8 @@ class FunctionReward:
         kwargs: Mapping[str, Any] | None = None,
         num_workers: int | None = None,
         timeout_s: float = 60.0,
+        sandbox: bool = False,
+        pass_environment: Sequence[str] = (),
     ) -> None:
         """Start no process yet.
 
@@ -39,6 +42,7 @@ class FunctionReward:
             kwargs: of every call; without a file, those of `rules.compute_score`.
             num_workers: processes; None is the number of cores, at most 8.
             timeout_s: wall-clock limit for one sample. Importing files and libraries is not counted.
+            sandbox, pass_environment: as in `Limits`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -51,8 +55,8 @@ class FunctionReward:
         self._kwargs = dict(kwargs or {})
         self._pool = WorkerPool(
             FunctionSpec(path=self._file, name=name, kwargs=self._kwargs),
+            Limits(timeout_s=timeout_s, sandbox=sandbox, pass_environment=tuple(pass_environment)),
             num_workers=num_workers or min(_MAX_WORKERS, os.cpu_count() or 1),
-            timeout_s=timeout_s,
         )
 
     def check_function(self) -> None:

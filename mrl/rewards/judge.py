@@ -14,8 +14,8 @@ import jsonschema
 import openai
 
 from mrl.rewards.json_schema import parse_json
+from mrl.rewards.messages import Outcome
 from mrl.rewards.pool import SKIPPED
-from mrl.rewards.worker import Outcome
 from mrl.types import Sample
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from mrl.rewards.worker import Outcome
+from mrl.rewards.messages import Outcome
 from mrl.types import Sample
 
 OnFailure = Literal["zero", "raise"]

@@ -11,18 +11,36 @@ import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from mrl.rewards.worker import FunctionSpec, Item, Outcome, Preparing, Ready
+from mrl.rewards.messages import Item, Outcome, Preparing, Ready, decode_answer
+from mrl.rewards.sandbox import clean_environment
+from mrl.rewards.worker import FunctionSpec
 
 _START_LIMIT_S = 300.0
 """For imports: a user's file may want torch, a verifier sympy, on a busy machine."""
 _ASYNC_GRACE_S = 5.0
 """A coroutine ends its own items in time; past this much more, it must be blocking its event loop."""
+_END_S = 10.0
+_MOST_BYTES = 1 << 28
+"""Of one answer: a worker's word is not enough to take more memory."""
 
 
 SKIPPED = Outcome(0.0, {}, "was not scored because another sample failed")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Limits:
+    """What each worker may do."""
+
+    timeout_s: float
+    """Wall-clock time for one item."""
+    sandbox: bool = False
+    """Whether it goes without network and sees no other process."""
+    pass_environment: tuple[str, ...] = ()
+    """Environment variables that it gets although they look like secrets or like the cluster's."""
 
 
 class WorkerPool:
@@ -32,10 +50,10 @@ class WorkerPool:
     with `close`, at exit, and when this process dies in any other way.
     """
 
-    def __init__(self, spec: FunctionSpec, *, num_workers: int, timeout_s: float) -> None:
+    def __init__(self, spec: FunctionSpec, limits: Limits, *, num_workers: int) -> None:
         self._spec = spec
+        self._limits = limits
         self._num_workers = num_workers
-        self._timeout_s = timeout_s
         self._open()
 
     def _open(self) -> None:
@@ -43,7 +61,7 @@ class WorkerPool:
         self._closed = False
         self._is_async: bool | None = None
         self._executor = ThreadPoolExecutor(self._num_workers, thread_name_prefix="reward")
-        self._workers = [_Worker(self._spec, self._timeout_s) for _ in range(self._num_workers)]
+        self._workers = [_Worker(self._spec, self._limits) for _ in range(self._num_workers)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -109,9 +127,9 @@ class WorkerPool:
 class _Worker:
     """The parent's end of one worker process. Used by one thread at a time, except for `stop`."""
 
-    def __init__(self, spec: FunctionSpec, timeout_s: float) -> None:
+    def __init__(self, spec: FunctionSpec, limits: Limits) -> None:
         self._spec = spec
-        self._timeout_s = timeout_s
+        self._limits = limits
         self._running: _Process | None = None
         self._is_async = False
 
@@ -122,10 +140,10 @@ class _Worker:
             ValueError: the worker cannot load its function.
         """
         if self._running is None:
-            running = _Process()
+            running = _Process(self._limits)
             try:
-                running.send((self._spec, self._timeout_s))
-                ready: Ready = running.receive(_START_LIMIT_S)
+                running.send((self._spec, self._limits.timeout_s))
+                ready = running.receive(_START_LIMIT_S, Ready)
             except _WorkerLostError as error:
                 ready = Ready(False, f"its process {error}")
             if ready.error is not None:
@@ -138,13 +156,15 @@ class _Worker:
         """The outcomes of a chunk; a process that hangs or dies fails the whole chunk and is ended."""
         is_async = self.start()
         assert self._running is not None
-        limit_s = self._timeout_s + (_ASYNC_GRACE_S if is_async else 0.0)
+        limit_s = self._limits.timeout_s + (_ASYNC_GRACE_S if is_async else 0.0)
         try:
             self._running.send(list(chunk))
-            answer = self._running.receive(limit_s)
+            answer = self._running.receive(limit_s, list, Preparing)
             if isinstance(answer, Preparing):
-                self._running.receive(_START_LIMIT_S)
-                answer = self._running.receive(limit_s)
+                self._running.receive(_START_LIMIT_S, Preparing)
+                answer = self._running.receive(limit_s, list)
+            if len(answer) != len(chunk):
+                raise _WorkerLostError(f"gave {len(answer)} outcomes for {len(chunk)} samples")
             return answer
         except _WorkerLostError as error:
             self.stop()
@@ -160,18 +180,20 @@ class _Worker:
 class _Process:
     """One operating-system process with its connection and lifeline."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.connection, theirs = Pipe()
         their_lifeline, lifeline = os.pipe()
         # The path travels in the program: in PYTHONPATH it would reach whatever programs a verifier starts.
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from mrl.rewards.worker import main; main({theirs.fileno()}, {their_lifeline})"
+            "from mrl.rewards.worker import main; "
+            f"main({theirs.fileno()}, {their_lifeline}, sandboxed={limits.sandbox})"
         )
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
+                env=clean_environment(os.environ, limits.pass_environment),
                 pass_fds=(theirs.fileno(), their_lifeline),
                 # A session of its own: Ctrl-C is the trainer's to handle, and whatever a verifier starts ends with it.
                 start_new_session=True,
@@ -186,16 +208,27 @@ class _Process:
         try:
             self.connection.send(message)
         except OSError as error:
-            raise _WorkerLostError(f"died (exit status {self._process.wait()})") from error
+            raise _WorkerLostError(self._how_it_died()) from error
 
-    def receive(self, limit_s: float) -> Any:
-        """The next message; raises _WorkerLostError if there is none in time."""
+    def receive(self, limit_s: float, *expected: type) -> Any:
+        """The next message; raises _WorkerLostError if there is none in time, or it is no expected one."""
         try:
-            if self.connection.poll(limit_s):
-                return self.connection.recv()
+            if not self.connection.poll(limit_s):
+                raise _WorkerLostError(f"took longer than its time limit of {limit_s:g} s")
+            answer = decode_answer(self.connection.recv_bytes(_MOST_BYTES))
         except (EOFError, OSError) as error:
-            raise _WorkerLostError(f"died (exit status {self._process.wait()})") from error
-        raise _WorkerLostError(f"took longer than its time limit of {limit_s:g} s")
+            raise _WorkerLostError(self._how_it_died()) from error
+        except ValueError as error:
+            raise _WorkerLostError(f"broke off: {error}") from error
+        if not isinstance(answer, expected):
+            raise _WorkerLostError(f"broke off: it answered {answer!r:.80}")
+        return answer
+
+    def _how_it_died(self) -> str:
+        try:
+            return f"died (exit status {self._process.wait(_END_S)})"
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
 
 
 class _WorkerLostError(Exception):

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from mrl.interfaces import RewardError
+from mrl.rewards.messages import Outcome
 from mrl.rewards.part import RewardPart
 from mrl.rewards.pool import SKIPPED
-from mrl.rewards.worker import Outcome
 from mrl.types import Sample
 
 logger = logging.getLogger(__name__)

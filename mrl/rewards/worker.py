@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib
 import importlib.util
 import inspect
 import math
-import os
-import select
 import signal
 import sys
 import traceback
@@ -23,7 +20,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
+
+from mrl.launch.lifeline import end_with_parent
+from mrl.rewards import sandbox
+from mrl.rewards.messages import Item, Outcome, Preparing, Ready, encode_answer
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -33,34 +34,6 @@ class FunctionSpec:
     path: str | None = None
     name: str = "compute_score"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Item(NamedTuple):
-    """What the function is called with, by position."""
-
-    data_source: str
-    solution_str: str
-    ground_truth: Any
-    extra_info: dict[str, Any]
-
-
-class Outcome(NamedTuple):
-    """One item's score with its named parts, or why there is none."""
-
-    score: float
-    parts: dict[str, float]
-    error: str | None = None
-
-
-class Ready(NamedTuple):
-    """A worker's first message: whether its function is a coroutine function, or why it could not be loaded."""
-
-    is_async: bool
-    error: str | None = None
-
-
-class Preparing(NamedTuple):
-    """Sent before an item's library is imported, so that this does not count against the item, and again after."""
 
 
 def load_function(spec: FunctionSpec) -> Callable[..., Any]:
@@ -152,27 +125,16 @@ def _describe(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {error}{place}"
 
 
-def _die_with_parent(lifeline: int) -> None:
-    """Have the kernel end this process once the parent, which holds the pipe's other end, is gone.
-
-    SIGIO's default action is to end the process, also while a verifier hangs in C code.
-    """
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:
-        sys.exit("the parent process is gone")
-
-
 def serve(connection: Connection) -> None:
     """Load the function named in the first message, then answer lists of items until the connection closes."""
     spec, timeout_s = connection.recv()
     try:
         function = load_function(spec)
     except ValueError as error:
-        connection.send(Ready(False, str(error)))
+        connection.send_bytes(encode_answer(Ready(False, str(error))))
         return
     is_async = inspect.iscoroutinefunction(function)
-    connection.send(Ready(is_async))
+    connection.send_bytes(encode_answer(Ready(is_async)))
     while True:
         try:
             items = connection.recv()
@@ -181,9 +143,10 @@ def serve(connection: Connection) -> None:
         if spec.path is None:
             _prepare(connection, items[0], spec.kwargs)
         if is_async:
-            connection.send(asyncio.run(score_items(function, items, spec.kwargs, timeout_s)))
+            outcomes = asyncio.run(score_items(function, items, spec.kwargs, timeout_s))
         else:
-            connection.send([score_item(function, item, spec.kwargs) for item in items])
+            outcomes = [score_item(function, item, spec.kwargs) for item in items]
+        connection.send_bytes(encode_answer(outcomes))
 
 
 def _prepare(connection: Connection, item: Item, kwargs: Mapping[str, Any]) -> None:
@@ -191,14 +154,16 @@ def _prepare(connection: Connection, item: Item, kwargs: Mapping[str, Any]) -> N
 
     library = rules.missing_library(item.data_source, kwargs)
     if library is not None:
-        connection.send(Preparing())
+        connection.send_bytes(encode_answer(Preparing()))
         with contextlib.suppress(ImportError):  # the verifier meets it again and reports it
             importlib.import_module(library)
-        connection.send(Preparing())
+        connection.send_bytes(encode_answer(Preparing()))
 
 
-def main(connection: int, lifeline: int) -> None:
-    """Entry point; the arguments are inherited file descriptors."""
+def main(connection: int, lifeline: int, *, sandboxed: bool) -> None:
+    """Entry point; the numbers are inherited file descriptors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent(lifeline)
+    end_with_parent(lifeline)
+    if sandboxed:
+        sandbox.enter(lifeline)
     serve(Connection(connection))

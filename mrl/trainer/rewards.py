@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,10 @@ from mrl.rewards import json_schema, rules
 from mrl.rewards.function import FunctionReward
 from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat, find_model
 from mrl.rewards.part import RewardPart
+from mrl.rewards.sandbox import check_permitted, clean_environment
 from mrl.rewards.weighted import WeightedReward
+
+logger = logging.getLogger(__name__)
 
 
 def check_rewards(settings: RewardConfig, data_sources: Collection[str]) -> None:
@@ -22,9 +26,14 @@ def check_rewards(settings: RewardConfig, data_sources: Collection[str]) -> None
 
     Raises:
         ValueError: a file that does not exist, an unknown verifier or argument, a data source without a verifier, a
-            judge that does not answer or is another model.
+            judge that does not answer or is another model, a sandbox that this host does not permit.
     """
     rules.check_verifiers(thaw(settings.verifiers))
+    if settings.sandbox and settings.parts:
+        check_permitted()
+    withheld = os.environ.keys() - clean_environment(os.environ, settings.pass_environment)
+    if withheld and any(part.path for part in settings.parts.values()):
+        logger.info("reward functions run without %s (reward.pass_environment)", ", ".join(sorted(withheld)))
     for name, part in settings.parts.items():
         try:
             _check_part(settings, part, data_sources)
@@ -60,6 +69,8 @@ def _function_parts(settings: RewardConfig, on_error: ExitStack) -> Iterator[Rew
             kwargs=_arguments(settings, part),
             num_workers=num_workers,
             timeout_s=part.timeout_s or settings.timeout_s,
+            sandbox=settings.sandbox,
+            pass_environment=settings.pass_environment,
         )
         on_error.callback(scorer.close)
         scorer.check_function()

@@ -7,7 +7,7 @@ from judge_server import served_judge
 
 from mrl.data.embedded import materialise
 from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat
-from mrl.rewards.worker import Outcome
+from mrl.rewards.messages import Outcome
 from mrl.types import Generation, Prompt, Sample
 
 pytestmark = pytest.mark.engine

@@ -76,6 +76,11 @@ RUN_RULES = (
         reason="reward.judge.url is null, so no judge is asked",
     ),
     Rule(
+        keys=("reward.sandbox", "reward.pass_environment"),
+        when=lambda config: not config.reward.parts,
+        reason="no function and no verifier scores, only models do",
+    ),
+    Rule(
         keys=("reward.verifiers",),
         when=lambda config: all(part.path or part.verifier for part in config.reward.parts.values()),
         reason="no reward is left to the verifier of each sample's data source",

@@ -26,6 +26,18 @@ CASES = [
         "no reward model is built",
         ["reward.reward_model.enable=True", "reward.reward_model.model_path=/x"],
     ),
+    (
+        "reward.sandbox=True",
+        ["reward.judge.url=http://host:30000/v1"],
+        "only models do",
+        ["reward.functions.rule={}"],
+    ),
+    (
+        "reward.pass_environment=[API_KEY]",
+        ["reward.judge.url=http://host:30000/v1"],
+        "only models do",
+        ["reward.functions.rule={}"],
+    ),
     ("reward.judge.max_new_tokens=4", [], "no judge is asked", ["reward.judge.url=http://host:30000/v1"]),
     (
         "reward.verifiers.my_task=exact_match",

@@ -212,8 +212,10 @@ def test_workers_die_with_a_killed_parent_even_when_they_hang(write_function, tm
     )
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys; from mrl.rewards.pool import WorkerPool; from mrl.rewards.worker import FunctionSpec, Item\n"
-        f"pool = WorkerPool(FunctionSpec(path={function!r}), num_workers=1, timeout_s=300)\n"
+        "from mrl.rewards.messages import Item\n"
+        "from mrl.rewards.pool import Limits, WorkerPool\n"
+        "from mrl.rewards.worker import FunctionSpec\n"
+        f"pool = WorkerPool(FunctionSpec(path={function!r}), Limits(timeout_s=300), num_workers=1)\n"
         f"pool.score([Item('s', {str(tmp_path / 'pid')!r}, '', {{}})], stop_at_failure=True)\n"
     )
     parent = subprocess.Popen([sys.executable, program])

@@ -3,9 +3,9 @@ import math
 import pytest
 
 from mrl.interfaces import RewardError
+from mrl.rewards.messages import Outcome
 from mrl.rewards.part import RewardPart
 from mrl.rewards.weighted import WeightedReward
-from mrl.rewards.worker import Outcome
 from mrl.types import Generation, Prompt, Sample
 
 
