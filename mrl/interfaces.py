@@ -107,17 +107,27 @@ class WeightUpdateReport:
 
 
 class RolloutEngine(Protocol):
-    """One SGLang engine, used by the rank that owns it. Every call has a deadline; a dead engine raises EngineError."""
+    """One SGLang engine, used by the rank that owns it. Every call has a deadline.
+
+    An engine that dies, or misses a deadline, raises EngineDiedError from that call and those after it, until it is
+    restarted. Giving up or taking memory is no such call: what a dead engine had is free.
+    """
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """One response to each prompt, in order."""
         ...
 
-    def update_weights(self, control: Mapping[str, Any], *, weight_version: int) -> WeightUpdateReport:
+    def update_weights(self, control: Mapping[str, Any], *, weight_version: int, redo: int = 0) -> WeightUpdateReport:
         """Have every engine rank pull its weights; `control` is JSON for the weight loader.
+
+        Samples depend on the version and on `redo`, which tells updates to the same version apart.
 
         Raises EngineError with every failing rank's own message; the engine stays usable.
         """
+        ...
+
+    def restart(self) -> None:
+        """Replace the engine's processes, dead or alive, by new ones, which wait for weights."""
         ...
 
     def release_memory(self, tags: Sequence[str]) -> None: ...
@@ -131,6 +141,15 @@ class RolloutEngine(Protocol):
 
 class EngineError(RuntimeError):
     """A rollout engine failed to start, died or refused a call; the message carries the child's own error."""
+
+
+class EngineDiedError(EngineError):
+    """An engine's processes ended or no longer answer; `restart` brings it back, without weights."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.finished: dict[int, Generation] = {}
+        """Responses that were complete by then, by the index of their prompt."""
 
 
 class Rollout(Protocol):

@@ -78,6 +78,9 @@ class RolloutConfig(Section):
     """Share of device memory for weights and KV cache (SGLang's mem_fraction_static)."""
     free_cache_engine: bool = True
     """Release the engine's memory while the trainer works."""
+    max_engine_restarts: int = 3
+    """Most times that engines which died, or missed `trainer.engine_call_timeout_s`, are restarted in a run; their
+    unfinished prompts are generated again. 0 ends the run instead."""
     enforce_eager: bool = False
     """Do without CUDA graphs."""
     max_num_seqs: int = 256
@@ -103,6 +106,7 @@ class RolloutConfig(Section):
         within(self, 0, 1, "gpu_memory_utilization")
         at_least(self, 1, "n", "num_engines", "tensor_model_parallel_size", "prompt_length", "response_length")
         at_least(self, 1, "max_num_seqs", "max_num_batched_tokens")
+        at_least(self, 0, "max_engine_restarts")
         at_least(self, 1, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
         at_least(self, 1, "log_prob_max_token_len_per_gpu")
         not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")

@@ -2,26 +2,31 @@
 
 Engine e of size T lives on ranks e T .. e T + T - 1; the first of them, its leader, owns it and the others wait. Every
 method is called by all ranks with the same arguments and returns the same on all of them. When any engine fails, all
-ranks raise the same EngineError.
+ranks raise the same EngineError. An engine that dies is restarted, a bounded number of times: it gets the weights of
+the current version again, and all engines share the prompts that it had not finished.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrl.interfaces import EngineError, RolloutEngine, WeightUpdateReport
+from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport
 from mrl.parallel.agreement import gather_results
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.spec import ModelSpec
 from mrl.rollout.queue import SharedQueue, open_store
 from mrl.rollout.wire import decode, encode
 from mrl.types import Generation, Prompt, Sample, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
@@ -35,6 +40,14 @@ class StreamingEngine(RolloutEngine, Protocol):
         ...
 
 
+@dataclass(kw_only=True, frozen=True)
+class _Death:
+    """An engine died; `rank` led it."""
+
+    rank: int
+    reason: str
+
+
 class ColocatedRollout:
     """Implements `mrl.interfaces.Rollout`. Built by all ranks; the default process group carries CPU tensors.
 
@@ -43,6 +56,7 @@ class ColocatedRollout:
         spec: the actor's model.
         source: what this rank exports of the actor's weights; its buffers never move.
         max_running_requests: most prompts one engine has in flight.
+        max_engine_restarts: most times that engines are restarted over the whole run; after that, a death is an error.
         weight_version: version of the first update; each later one adds 1.
 
     Raises:
@@ -56,19 +70,26 @@ class ColocatedRollout:
         spec: ModelSpec,
         source: SourceRank,
         max_running_requests: int = 256,
+        max_engine_restarts: int = 0,
         weight_version: int = 0,
     ) -> None:
         self._engine = engine
         initialized = dist.is_initialized()
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
         self._window = max_running_requests
+        self._max_restarts = max_engine_restarts
+        self._restarts = 0
+        self._reported_restarts = 0
         self._next_version = weight_version
         self._rounds = 0
         owners, sources = zip(*gather_results(lambda: (engine is not None, source)), strict=True)
         self._leaders = [rank for rank, owns in enumerate(owners) if owns]
         if not self._leaders:
             raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
-        self._control = {"spec": spec.to_json(), "sources": [each.to_json() for each in sources]}
+        self._control: dict[str, object] = {
+            "spec": spec.to_json(),
+            "sources": [each.to_json() for each in sources],
+        }
         self._store = open_store()
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
@@ -82,29 +103,28 @@ class ColocatedRollout:
         """One sample for each prompt, in order, on every rank; `response_text` is left empty.
 
         Raises:
-            EngineError: any engine failed.
+            EngineError: any engine failed, or died and may not be restarted.
             ValueError: sampling parameters or prompts that an engine refuses.
         """
-        begin = time.perf_counter()
-        self._rounds += 1
-        queue = SharedQueue(self._store, f"rollout/{self._rounds}", len(prompts))
-        mine = encode({})
-
-        def work(engine: StreamingEngine) -> tuple[int, int]:
-            nonlocal mine
-            mine = encode(self._respond(engine, queue, prompts, params))
-            return mine[0].numel(), mine[1].numel()
-
-        sizes = self._on_leaders(work, on_error=queue.close)
-        engine_s = time.perf_counter() - begin
-        generations = self._exchange(mine, sizes)
+        begin, engine_s = time.perf_counter(), 0.0
+        generations: dict[int, Generation] = {}
+        while missing := [index for index in range(len(prompts)) if index not in generations]:
+            round_begin = time.perf_counter()
+            sizes, mine, deaths = self._generate_round({index: prompts[index] for index in missing}, params)
+            engine_s += time.perf_counter() - round_begin
+            generations |= self._exchange(mine, sizes)
+            if deaths:
+                self._revive(deaths, f"{len(prompts) - len(generations)} of {len(prompts)} prompts are generated again")
+                self._pull_again()
         samples = [Sample(prompt=prompt, generation=generations[index]) for index, prompt in enumerate(prompts)]
         tokens = sum(len(generation.response_ids) for generation in generations.values())
         self.metrics = {
             "rollout/tokens": float(tokens),
             "rollout/engine_s": engine_s,
+            "rollout/engine_restarts": float(self._restarts - self._reported_restarts),
             "rollout/tokens_per_s": tokens / (time.perf_counter() - begin),
         }
+        self._reported_restarts = self._restarts
         return samples
 
     def update_weights(self) -> dict[str, float]:
@@ -113,12 +133,12 @@ class ColocatedRollout:
         Weights must not change until this returns. On GPUs the caller has waited for its own kernels.
 
         Raises:
-            EngineError: any engine failed; none generates until an update succeeds.
+            EngineError: any engine failed, or died and may not be restarted; none generates until an update succeeds.
         """
-        version, begin = self._next_version, time.perf_counter()
+        begin = time.perf_counter()
         if self._world_size > 1:
             dist.barrier()
-        reports = self._on_leaders(lambda engine: engine.update_weights(self._control, weight_version=version))
+        reports = self._pull(self._next_version)
         self._next_version += 1
         return _reshard_metrics(reports, time.perf_counter() - begin)
 
@@ -135,16 +155,88 @@ class ColocatedRollout:
         if self._engine is not None:
             self._engine.shutdown()
 
+    def _generate_round(
+        self, prompts: Mapping[int, Prompt], params: SamplingParams
+    ) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor], list[_Death]]:
+        """Have all engines answer the prompts; sizes of every leader's answers, this rank's, and who died on the way.
+
+        The engines that live take what a dead one left in the queue.
+        """
+        self._rounds += 1
+        queue = SharedQueue(self._store, f"rollout/{self._rounds}", len(prompts))
+        mine = encode({})
+
+        def work(engine: StreamingEngine) -> tuple[tuple[int, int], _Death | None]:
+            nonlocal mine
+            death = None
+            try:
+                found = self._respond(engine, queue, prompts, params)
+            except EngineDiedError as error:
+                found, death = error.finished, _Death(rank=self._rank, reason=str(error))
+            mine = encode(found)
+            return (mine[0].numel(), mine[1].numel()), death
+
+        outcomes = self._on_leaders(work, on_error=queue.close)
+        return [sizes for sizes, _ in outcomes], mine, [death for _, death in outcomes if death is not None]
+
+    def _pull(self, version: int, *, redo: int = 0) -> list[WeightUpdateReport]:
+        """Every engine's report of its update to `version`, with engines that die on the way restarted."""
+        while True:
+
+            def work(engine: StreamingEngine) -> WeightUpdateReport | _Death:
+                try:
+                    return engine.update_weights(self._control, weight_version=version, redo=redo)
+                except EngineDiedError as error:
+                    return _Death(rank=self._rank, reason=str(error))
+
+            outcomes = self._on_leaders(work)
+            deaths = [outcome for outcome in outcomes if isinstance(outcome, _Death)]
+            if not deaths:
+                return [outcome for outcome in outcomes if not isinstance(outcome, _Death)]
+            self._revive(deaths, f"the update to version {version} is repeated")
+
+    def _pull_again(self) -> None:
+        """After a restart: the version that engines have had, with other random numbers than those used up."""
+        self._pull(self.weight_version, redo=self._restarts)
+
+    def _revive(self, deaths: Sequence[_Death], consequence: str) -> None:
+        """Restart engines that died.
+
+        Raises:
+            EngineError: they may not be restarted again, or did not start.
+        """
+        names = "; ".join(f"rollout engine of rank {death.rank}: {death.reason}" for death in deaths)
+        if self._restarts + len(deaths) > self._max_restarts:
+            raise EngineError(
+                f"{names}\n{self._restarts} restarts of engines were made and "
+                f"actor_rollout_ref.rollout.max_engine_restarts = {self._max_restarts} allows no more"
+            )
+        self._restarts += len(deaths)
+        if self._rank == deaths[0].rank:
+            logger.warning("%s\nrestarting it; %s", names, consequence)
+        dead = {death.rank for death in deaths}
+        begin = time.perf_counter()
+        self._on_leaders(lambda engine: engine.restart() if self._rank in dead else None)
+        if self._rank == deaths[0].rank:
+            logger.warning("restarted after %.1f s", time.perf_counter() - begin)
+        # Another message: every engine plans, and joins those of other hosts, anew.
+        self._control = {**self._control, "restarts": self._restarts}
+
     def _respond(
-        self, engine: StreamingEngine, queue: SharedQueue, prompts: Sequence[Prompt], params: SamplingParams
+        self, engine: StreamingEngine, queue: SharedQueue, prompts: Mapping[int, Prompt], params: SamplingParams
     ) -> dict[int, Generation]:
+        indices = list(prompts)
         if len(self._leaders) == 1:
             # In one message the engine always forms the same batches, so a rerun samples the same tokens.
-            responses = engine.generate([prompt.token_ids for prompt in prompts], params)
-            return dict(enumerate(responses))
+            try:
+                responses = engine.generate([prompt.token_ids for prompt in prompts.values()], params)
+            except EngineDiedError as error:
+                error.finished = {indices[place]: response for place, response in error.finished.items()}
+                raise
+            return dict(zip(indices, responses, strict=True))
 
         def take(free: int) -> list[tuple[int, list[int]]]:
-            return [(index, prompts[index].token_ids) for index in queue.take(free)]
+            return [(indices[place], prompts[indices[place]].token_ids) for place in queue.take(free)]
 
         # No engine starts with more than its share, however early it asks.
         share = -(-len(prompts) // len(self._leaders))

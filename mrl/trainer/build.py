@@ -204,6 +204,7 @@ class _Builder:
             spec=plan.actor.spec,
             source=actor.export_weights(),
             max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,
+            max_engine_restarts=config.actor_rollout_ref.rollout.max_engine_restarts,
             weight_version=plan.resume.manifest.weight_version if plan.resume else 0,
         )
 

@@ -57,7 +57,7 @@ class Command:
     def wait_for(self, pattern: str, *, timeout_s: float = 240.0) -> None:
         """Until the output matches; fails if the command ends first."""
         deadline = time.monotonic() + timeout_s
-        while not re.search(pattern, self.output()):
+        while not re.search(pattern, self.output(), re.DOTALL):
             assert self._process.is_alive(), self.output()
             assert time.monotonic() < deadline, f"{pattern!r} did not appear:\n{self.output()}"
             self.descendants()

@@ -148,7 +148,7 @@ def after(seconds: float, work: Callable[[], Any]) -> threading.Timer:
 
 def kill_last_scheduler(engine: SGLangEngine, tp_size: int) -> None:
     """SIGKILL the engine's highest rank; the schedulers are started first, in rank order."""
-    pid = engine._children.processes[tp_size - 1].pid
+    pid = engine._supervisor._started.children.processes[tp_size - 1].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
 

@@ -7,7 +7,6 @@ import atexit
 import hashlib
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.io_struct import (
-    FreezeGCReq,
     GenerateReqInput,
     ReleaseMemoryOccupationReqInput,
     ResumeMemoryOccupationReqInput,
@@ -32,16 +30,17 @@ from mrl.backends.sglang.arguments import (
     max_request_tokens,
     server_args,
 )
-from mrl.backends.sglang.launch import StartedEngine, close_sockets, context_for, start_engine
 from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
-from mrl.interfaces import EngineError, WeightUpdateReport
+from mrl.backends.sglang.supervisor import EngineSupervisor
+from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
 from mrl.types import Generation, SamplingParams
 
 TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
 """Called with the number of free slots; returns at most that many (index, token ids), none when the queue is empty."""
 
-_POLL_S = 0.2
 _FLUSH_WAIT_S = 10.0
+_NEVER = 1 << 30
+"""Tokens between two interim answers: none but the first and the last are sent."""
 
 
 @dataclass(kw_only=True)
@@ -61,18 +60,14 @@ class SGLangEngine:
     All calls must come from the thread that started it, outside a running event loop.
     """
 
-    def __init__(self, started: StartedEngine, *, tp_size: int, device: str, seed: int, call_timeout_s: float) -> None:
-        self._engine: Any = started.engine
-        self._children = started.children
+    def __init__(self, supervisor: EngineSupervisor, *, tp_size: int, device: str, seed: int) -> None:
+        self._supervisor = supervisor
         self._tp_size = tp_size
         self._device = device
         self._seed = seed
-        self._call_timeout_s = call_timeout_s
-        self._max_tokens = max_request_tokens(started.scheduler_info)
-        self._failure: str | None = None
+        self._max_tokens = 0
         self._weights = _WeightState()
         self._owner_pid = os.getpid()
-        self._previous_quit = started.previous_quit
 
     @classmethod
     def start(
@@ -95,8 +90,8 @@ class SGLangEngine:
     ) -> SGLangEngine:
         """Start an engine of `tp_size` processes with dummy weights; they come by `update_weights`.
 
-        On CPU the processes are forked: start before torch.distributed is initialised, from a parent that called
-        `preload_sglang`.
+        On CPU the processes are forked: start before this process has threads (torch.distributed's, for example), with
+        `preload_sglang` done.
 
         Args:
             dtype: torch's name, "float32" or "bfloat16".
@@ -130,18 +125,31 @@ class SGLangEngine:
             **({} if mem_fraction_static is None else {"mem_fraction_static": mem_fraction_static}),
             **(engine_kwargs or {}),
         )
-        started = start_engine(
+        supervisor = EngineSupervisor(
             args,
-            context=context_for(device),
+            forks=device == "cpu",
             environment=child_environment(device, tp_size),
-            timeout_s=start_timeout_s,
+            start_timeout_s=start_timeout_s,
+            call_timeout_s=call_timeout_s,
             log_path=log_path,
-            during_start=during_start,
         )
-        engine = cls(started, tp_size=tp_size, device=device, seed=seed, call_timeout_s=call_timeout_s)
+        engine = cls(supervisor, tp_size=tp_size, device=device, seed=seed)
         atexit.register(engine.shutdown)
-        engine._take_over(time.monotonic() + start_timeout_s)
+        try:
+            engine._start(during_start)
+        except BaseException:
+            engine.shutdown()
+            raise
         return engine
+
+    def restart(self) -> None:
+        """Replace the engine's processes, dead or alive, by new ones with dummy weights and all of their memory.
+
+        Raises:
+            EngineError: they did not start; the engine can be restarted again.
+        """
+        self._supervisor.stop()
+        self._start(None)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """One response to each prompt, in order. The stop token, if any, is part of the response.
@@ -151,15 +159,17 @@ class SGLangEngine:
 
         Raises:
             ValueError: sampling parameters or prompts the engine would not honour.
-            EngineError: no valid weights, the engine died, or the call took longer than its deadline.
+            EngineError: no valid weights.
+            EngineDiedError: the engine died, or the call took longer than its deadline.
         """
         self._require_valid_weights()
         check_prompts(prompts, max_new_tokens=params.max_new_tokens, max_tokens=self._max_tokens)
-        sampling = sampling_dict(params)
         if not prompts:
             return []
-        outputs = self._call(self._submit([list(prompt) for prompt in prompts], sampling), "generate")
-        return [generation_of(output, max_new_tokens=params.max_new_tokens) for output in outputs]
+        outputs: dict[int, dict[str, Any]] = {}
+        work = self._answer_all([list(prompt) for prompt in prompts], sampling_dict(params), outputs)
+        generations = self._generate(work, params, outputs)
+        return [generations[index] for index in range(len(prompts))]
 
     def generate_from(self, take: TakePrompts, params: SamplingParams, *, window: int) -> dict[int, Generation]:
         """Responses to prompts taken from a queue, at most `window` at a time, by their index.
@@ -167,21 +177,22 @@ class SGLangEngine:
         A slot that becomes free takes the next prompt at once. Raises as `generate` does.
         """
         self._require_valid_weights()
-        sampling = sampling_dict(params)
-        outputs = self._call(self._drain(take, sampling, params.max_new_tokens, window), "generate")
-        return {index: generation_of(output, max_new_tokens=params.max_new_tokens) for index, output in outputs.items()}
+        outputs: dict[int, dict[str, Any]] = {}
+        work = self._drain(take, sampling_dict(params), outputs, max_new_tokens=params.max_new_tokens, window=window)
+        return self._generate(work, params, outputs)
 
-    def update_weights(self, control: Mapping[str, Any], *, weight_version: int) -> WeightUpdateReport:
+    def update_weights(self, control: Mapping[str, Any], *, weight_version: int, redo: int = 0) -> WeightUpdateReport:
         """Have every engine rank pull its weights from the sources that `control` (`spec`, `sources`) names.
 
-        Pass the same object again while the sources stay: only the first call then carries them.
+        Pass the same object again while the sources stay: only the first call then carries them. The random stream of
+        sampling restarts from the engine's seed, the version and `redo`.
 
         Raises:
             EngineError: with every failing rank's own message. The engine takes further calls, but does not generate
                 until an update succeeds.
         """
         state, begin = self._weights, time.perf_counter()
-        message: dict[str, Any] = {"action": "pull", "seed": self._sampling_seed(weight_version)}
+        message: dict[str, Any] = {"action": "pull", "seed": self._sampling_seed(weight_version, redo)}
         if control is not state.delivered:
             state.layout = hashlib.sha256(json.dumps(control, sort_keys=True).encode()).hexdigest()[:16]
             message |= control
@@ -209,71 +220,82 @@ class SGLangEngine:
         """Give the GPU memory of `tags` ("weights", "kv_cache", "cuda_graph") back; released weights are lost.
 
         On CPU only the KV cache's contents are dropped: SGLang's memory saver maps CUDA memory and nothing else.
+        A dead engine has nothing to give.
         """
+        if self._supervisor.is_dead:
+            return
         self._flush()
         wanted = [tag for tag in tags if tag not in self._weights.released]
         if self._device == "cpu" or not wanted:
             return
-        manager = self._engine.tokenizer_manager
-        self._call(
-            manager.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=wanted), None), "release_memory"
-        )
+        request = ReleaseMemoryOccupationReqInput(tags=wanted)
+        self._call(self._supervisor.manager.release_memory_occupation(request, None), "release_memory")
         self._weights.released |= set(wanted)
         if "weights" in wanted:
             self._weights.invalid = "the weights' memory was released; call resume_memory and update_weights"
 
     def resume_memory(self, tags: Sequence[str]) -> None:
-        """Take the memory of `tags` again. Weights then hold garbage until `update_weights`."""
+        """Take the memory of `tags` again. Weights then hold garbage until `update_weights`.
+
+        A dead engine takes nothing before it is restarted.
+        """
         wanted = [tag for tag in tags if tag in self._weights.released]
-        if not wanted:
+        if not wanted or self._supervisor.is_dead:
             return
-        manager = self._engine.tokenizer_manager
-        self._call(manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=wanted), None), "resume_memory")
+        request = ResumeMemoryOccupationReqInput(tags=wanted)
+        self._call(self._supervisor.manager.resume_memory_occupation(request, None), "resume_memory")
         self._weights.released -= set(wanted)
 
     def shutdown(self) -> None:
         """Kill and reap the engine's processes; idempotent. Other children of this process are left alone."""
-        if self._engine is None or os.getpid() != self._owner_pid:
+        if os.getpid() != self._owner_pid:
             return
-        engine, self._engine = self._engine, None
-        self._failure = "it was shut down"
         atexit.unregister(self.shutdown)
-        self._children.stop()
-        _close_loop(engine)
-        signal.signal(signal.SIGQUIT, self._previous_quit)
+        self._supervisor.close()
 
-    def _take_over(self, deadline: float) -> None:
-        """First call: SGLang binds to its loop and takes SIGTERM and SIGQUIT; they are put back."""
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
+    def _start(self, during_start: Callable[[], None] | None) -> None:
+        self._weights = _WeightState()
+        self._max_tokens = max_request_tokens(self._supervisor.start(during_start))
+
+    def _generate(
+        self, work: Coroutine[Any, Any, None], params: SamplingParams, outputs: Mapping[int, dict[str, Any]]
+    ) -> dict[int, Generation]:
+        """What `work` puts into `outputs` as it comes; what is there when the engine dies goes with the error."""
         try:
-            self._weights.invalid = None
-            self._call(self._warm_up(handlers), "warm-up", deadline - time.monotonic())
-        except BaseException:
-            self.shutdown()
+            self._call(work, "generate")
+        except EngineDiedError as error:
+            error.finished = _generations_of(outputs, params)
             raise
-        self._weights.invalid = _WeightState().invalid
-        self._children.unlink_files()
+        return _generations_of(outputs, params)
 
-    async def _warm_up(self, handlers: Mapping[signal.Signals, Any]) -> None:
-        manager = self._engine.tokenizer_manager
-        manager.auto_create_handle_loop()
-        for number, handler in handlers.items():
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, handler)
-        await self._submit([[0]], sampling_dict(SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)))
-        # Only in the schedulers: freezing here would keep the trainer's cycles alive for ever.
-        manager._dispatch_to_scheduler(FreezeGCReq())
+    async def _answer_all(
+        self, prompts: list[list[int]], sampling: Mapping[str, Any], outputs: dict[int, dict[str, Any]]
+    ) -> None:
+        """All prompts in one message; answers are there as soon as they are complete."""
+        request = GenerateReqInput(
+            input_ids=prompts,
+            sampling_params={**sampling, "stream_interval": _NEVER},
+            return_logprob=True,
+            stream=True,
+        )
+        async for output in self._supervisor.manager.generate_request(request, None):
+            if output["meta_info"]["finish_reason"] is not None:
+                outputs[output["index"]] = output
 
-    async def _submit(self, prompts: list[list[int]], sampling: Mapping[str, Any]) -> list[dict[str, Any]]:
-        request = GenerateReqInput(input_ids=prompts, sampling_params=dict(sampling), return_logprob=True)
-        outputs = await self._engine.tokenizer_manager.generate_request(request, None).__anext__()
-        return outputs
+    async def _answer(self, prompt: list[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+        request = GenerateReqInput(input_ids=prompt, sampling_params=dict(sampling), return_logprob=True)
+        return await self._supervisor.manager.generate_request(request, None).__anext__()
 
     async def _drain(
-        self, take: TakePrompts, sampling: Mapping[str, Any], max_new_tokens: int, window: int
-    ) -> dict[int, dict[str, Any]]:
-        running: dict[asyncio.Task[list[dict[str, Any]]], int] = {}
-        outputs: dict[int, dict[str, Any]] = {}
+        self,
+        take: TakePrompts,
+        sampling: Mapping[str, Any],
+        outputs: dict[int, dict[str, Any]],
+        *,
+        max_new_tokens: int,
+        window: int,
+    ) -> None:
+        running: dict[asyncio.Task[dict[str, Any]], int] = {}
         exhausted = False
         while running or not exhausted:
             free = window - len(running)
@@ -283,11 +305,10 @@ class SGLangEngine:
                 check_prompts(
                     [prompt for _, prompt in taken], max_new_tokens=max_new_tokens, max_tokens=self._max_tokens
                 )
-                running |= {asyncio.ensure_future(self._submit([list(ids)], sampling)): index for index, ids in taken}
+                running |= {asyncio.ensure_future(self._answer(list(ids), sampling)): index for index, ids in taken}
             if running:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                outputs |= {running.pop(task): task.result()[0] for task in done}
-        return outputs
+                outputs |= {running.pop(task): task.result() for task in done}
 
     def _control(self, message: Mapping[str, Any], weight_version: int | None) -> list[dict[str, Any]]:
         """Send the weight loader a message; each rank's status, in rank order. The KV cache is emptied first."""
@@ -300,7 +321,7 @@ class SGLangEngine:
             flush_cache=False,
             weight_version=None if weight_version is None else str(weight_version),
         )
-        manager = self._engine_or_raise().tokenizer_manager
+        manager = self._supervisor.manager
         ok, text = self._call(manager.update_weights_from_tensor(request, None), "update_weights")
         try:
             reports, _ = json.JSONDecoder().raw_decode(text)  # SGLang appends a sentence about the version
@@ -316,63 +337,22 @@ class SGLangEngine:
 
     def _flush(self) -> None:
         """Drop the KV cache once the engine is idle; SGLang's scheduler dies of some calls made before that."""
-        manager = self._engine_or_raise().tokenizer_manager
+        manager = self._supervisor.manager
         if not self._call(manager.flush_cache(timeout_s=_FLUSH_WAIT_S), "flush").success:
             raise EngineError(f"engine was not idle within {_FLUSH_WAIT_S:.0f} s")
 
-    def _call(self, work: Coroutine[Any, Any, Any], what: str, timeout_s: float | None = None) -> Any:
-        try:
-            engine = self._engine_or_raise()
-        except EngineError:
-            work.close()
-            raise
-        limit = self._call_timeout_s if timeout_s is None else timeout_s
-        self._children.mark()
-        return engine.loop.run_until_complete(self._supervise(work, what, limit))
-
-    async def _supervise(self, work: Coroutine[Any, Any, Any], what: str, timeout_s: float) -> Any:
-        task = asyncio.ensure_future(work)
-        deadline = time.monotonic() + timeout_s
-        try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=_POLL_S)
-                if task.done():
-                    break
-                if dead := self._children.dead():
-                    self._failure = self._children.explain(f"engine died during {what} ({'; '.join(dead)})")
-                elif time.monotonic() > deadline:
-                    self._failure = self._children.explain(f"{what} took longer than {timeout_s:.0f} s")
-                if self._failure:
-                    raise EngineError(self._failure)
-        finally:
-            task.cancel()
-        return task.result()
-
-    def _engine_or_raise(self) -> Any:
-        if self._failure is None and (dead := self._children.dead()):
-            self._failure = self._children.explain(f"engine died ({'; '.join(dead)})")
-        if self._failure is not None:
-            raise EngineError(f"engine cannot be used: {self._failure}")
-        return self._engine
+    def _call(self, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        return self._supervisor.call(work, what)
 
     def _require_valid_weights(self) -> None:
-        self._engine_or_raise()
+        _ = self._supervisor.manager
         if self._weights.invalid:
             raise EngineError(f"engine cannot generate: {self._weights.invalid}")
 
-    def _sampling_seed(self, weight_version: int) -> int:
-        digest = hashlib.sha256(f"{self._seed}/{weight_version}".encode()).digest()
-        return int.from_bytes(digest[:4], "little")
+    def _sampling_seed(self, weight_version: int, redo: int) -> int:
+        name = f"{self._seed}/{weight_version}" + (f"/{redo}" if redo else "")
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
-def _close_loop(engine: Any) -> None:
-    loop = engine.loop
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    for socket in (engine.tokenizer_manager.recv_from_detokenizer, engine.send_to_rpc):
-        close_sockets(socket)
-    engine.send_to_rpc = None
-    loop.close()
-    asyncio.set_event_loop(None)
+def _generations_of(outputs: Mapping[int, dict[str, Any]], params: SamplingParams) -> dict[int, Generation]:
+    return {index: generation_of(output, max_new_tokens=params.max_new_tokens) for index, output in outputs.items()}

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
 from mrl.backends.sglang import children
+from mrl.backends.sglang.nursery import Nursery, NurseryProcess
 from mrl.interfaces import EngineError
 
 _TAIL_BYTES = 64 * 1024
@@ -36,26 +36,29 @@ _SHM = Path("/dev/shm")
 """Where tensor-parallel schedulers keep the queues they broadcast requests through, named by their process."""
 
 
+ChildProcess = NurseryProcess | SpawnProcess
+
+
 class ChildProcesses:
     """The processes of one engine. Also stands in for the `multiprocessing` module while SGLang starts them."""
 
-    def __init__(self, context: BaseContext, log_path: Path | None) -> None:
+    def __init__(self, context: Nursery | SpawnContext, log_path: Path | None) -> None:
         self._context = context
         self.log_path = log_path or _temporary_log()
         self._log = self.log_path.open("ab+")
         self._seen = self._log.seek(0, os.SEEK_END)
-        self.processes: list[BaseProcess] = []
+        self.processes: list[ChildProcess] = []
         self.readers: list[Connection] = []
         self.files = [] if log_path else [self.log_path]
         """What the engine's processes need by name while they start, and would leave behind."""
 
-    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
-        process = self._context.Process(*args, **kwargs)  # type: ignore[attr-defined]
+    def Process(self, **kwargs: Any) -> ChildProcess:
+        process = self._context.Process(**kwargs)
         self.processes.append(process)
         return process
 
     def Pipe(self, duplex: bool = True) -> tuple[Connection, Connection]:
-        reader, writer = self._context.Pipe(duplex)
+        reader, writer = multiprocessing.Pipe(duplex)
         self.readers.append(reader)
         return reader, writer
 
@@ -143,7 +146,7 @@ class StartedEngine:
 def start_engine(
     server_args: Mapping[str, Any],
     *,
-    context: BaseContext,
+    context: Nursery | SpawnContext,
     environment: Mapping[str, str],
     timeout_s: float,
     log_path: Path | None,
@@ -152,6 +155,7 @@ def start_engine(
     """Start SGLang's processes and wait until the model stands.
 
     Args:
+        context: what starts its processes.
         environment: variables for the engine's processes only.
         during_start: runs in this process while the children load; the time it takes does not count.
 
@@ -294,7 +298,7 @@ def _replaced(module: Any, **attributes: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _family(process: BaseProcess) -> list[psutil.Process]:
+def _family(process: ChildProcess) -> list[psutil.Process]:
     try:
         itself = psutil.Process(process.pid)
         return [*itself.children(recursive=True), itself]
@@ -313,8 +317,3 @@ def _temporary_log() -> Path:
     handle, name = tempfile.mkstemp(prefix="mrl_engine_", suffix=".log")
     os.close(handle)
     return Path(name)
-
-
-def context_for(device: str) -> BaseContext:
-    """Fork on CPU, where the parent has everything imported; spawn on CUDA, whose contexts do not survive a fork."""
-    return multiprocessing.get_context("fork" if device == "cpu" else "spawn")

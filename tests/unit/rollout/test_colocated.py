@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from mrl.interfaces import EngineError, WeightUpdateReport
+from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
 from mrl.launch.fork import RankFailure, run_ranks
 from mrl.launch.rendezvous import init_process_group
 from mrl.reshard.layout import SourceRank
@@ -70,7 +70,7 @@ class Reversing:
         self.answered += len(answers)
         return answers
 
-    def update_weights(self, control, *, weight_version):
+    def update_weights(self, control, *, weight_version, redo=0):
         self._check("update")
         self.controls.append(control)
         self.version = weight_version
@@ -88,6 +88,50 @@ class Reversing:
     def _check(self, what):
         if self.fails_on == what:
             raise EngineError(f"no {what} today")
+
+
+@dataclass
+class Mortal(Reversing):
+    """Dies at the prompt whose number is in `dies_at`, or in the update whose is, and is whole after a restart."""
+
+    dies_at: tuple[int, ...] = ()
+    dies_in_update: int = -1
+    redos: list = field(default_factory=list)
+    asked: list = field(default_factory=list)
+    dead: bool = False
+
+    def generate(self, prompts, params):
+        places = iter(enumerate(prompts))
+
+        def take(free):
+            return [place] if (place := next(places, None)) else []
+
+        return list(self.generate_from(take, params, window=1).values())
+
+    def generate_from(self, take, params, *, window):
+        answers = {}
+        while taken := take(1):
+            [(index, ids)] = taken
+            self.asked.append(ids)
+            if len(self.asked) - 1 in self.dies_at:
+                self._die(answers)
+            answers[index] = answer(ids, self.version)
+        return answers
+
+    def update_weights(self, control, *, weight_version, redo=0):
+        self.redos.append(redo)
+        if self.dead or len(self.redos) - 1 == self.dies_in_update:
+            self._die({})
+        return super().update_weights(control, weight_version=weight_version)
+
+    def restart(self):
+        self.version, self.dead = -1, False
+
+    def _die(self, answers):
+        self.dead = True
+        error = EngineDiedError("killed")
+        error.finished = answers
+        raise error
 
 
 def source(rank):
@@ -195,3 +239,58 @@ def test_a_job_of_one_process_needs_no_process_group():
 def test_no_engine_anywhere_is_refused_on_every_rank():
     with pytest.raises(RankFailure, match="no rank owns a rollout engine"):
         run(2, lambda rank: front(rank, {}))
+
+
+@pytest.mark.parametrize("leaders", [(0,), (1,), (0, 1)])
+def test_a_dead_engines_unfinished_prompts_are_answered_after_its_restart(leaders):
+    def scenario(rank):
+        engines = {leader: Mortal(dies_at=(2,) if leader == leaders[-1] else ()) for leader in leaders}
+        rollout = front(rank, engines, weight_version=7, max_engine_restarts=1)
+        rollout.update_weights()
+        samples = rollout.generate(PROMPTS, PARAMS)
+        restarts = rollout.metrics["rollout/engine_restarts"]
+        rollout.generate(PROMPTS[:1], PARAMS)
+        engine = engines.get(rank)
+        asked = [ids for ids in engine.asked[:-1]] if engine else []
+        return (
+            [sample.generation for sample in samples],
+            (restarts, rollout.metrics["rollout/engine_restarts"]),
+            engine.redos if engine else None,
+            asked,
+            [control.get("restarts") for control in engine.controls] if engine else None,
+        )
+
+    outcomes = run(2, scenario)
+    for generations, restarts, redos, _, controls in outcomes:
+        assert generations == [answer(prompt.token_ids, 7) for prompt in PROMPTS]
+        assert restarts == (1.0, 0.0)
+        assert redos in (None, [0, 1])
+        assert controls in (None, [None, 1])
+    if len(leaders) == 1:
+        [asked] = [asked for _, _, redos, asked, _ in outcomes if redos]
+        prompts = [prompt.token_ids for prompt in PROMPTS]
+        # The two that were finished are kept.
+        assert asked == prompts[:3] + prompts[2:]
+
+
+def test_an_engine_that_dies_in_an_update_gets_the_same_version_after_its_restart():
+    def scenario(rank):
+        engines = {0: Mortal(dies_in_update=1), 1: Mortal()}
+        rollout = front(rank, engines, max_engine_restarts=1)
+        versions = [rollout.update_weights()["rollout/weight_version"] for _ in range(3)]
+        samples = rollout.generate(PROMPTS, PARAMS)
+        return versions, {sample.generation.weight_version for sample in samples}, len(engines[rank].redos)
+
+    assert run(2, scenario) == [([0.0, 1.0, 2.0], {2}, 4)] * 2
+
+
+def test_an_engine_that_keeps_dying_ends_the_run_with_its_own_error():
+    def scenario(rank):
+        rollout = front(rank, {0: Mortal(dies_at=(0, 1, 2, 3, 4, 5))}, max_engine_restarts=2)
+        rollout.update_weights()
+        with pytest.raises(EngineError, match=r"killed\n2 restarts.*max_engine_restarts = 2 allows no more") as caught:
+            rollout.generate(PROMPTS, PARAMS)
+        return str(caught.value)
+
+    first, second = run(2, scenario)
+    assert first == second
