@@ -1,8 +1,10 @@
 """The front over engines that answer deterministically; the engines themselves are tested in tests/integration."""
 
+import multiprocessing
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -95,6 +97,8 @@ class Mortal(Reversing):
     """Dies at the prompt whose number is in `dies_at`, or in the update whose is, and is whole after a restart."""
 
     dies_at: tuple[int, ...] = ()
+    """At such a prompt `a_death` is set; an engine without any waits for it with its first prompt in hand."""
+    a_death: Any = None
     dies_in_update: int = -1
     redos: list = field(default_factory=list)
     asked: list = field(default_factory=list)
@@ -113,6 +117,8 @@ class Mortal(Reversing):
         while taken := take(1):
             [(index, ids)] = taken
             self.asked.append(ids)
+            if self.a_death is not None and not self.dies_at:
+                assert self.a_death.wait(50)
             if len(self.asked) - 1 in self.dies_at:
                 self._die(answers)
             answers[index] = answer(ids, self.version)
@@ -129,6 +135,8 @@ class Mortal(Reversing):
 
     def _die(self, answers):
         self.dead = True
+        if self.a_death is not None:
+            self.a_death.set()
         error = EngineDiedError("killed")
         error.finished = answers
         raise error
@@ -243,8 +251,10 @@ def test_no_engine_anywhere_is_refused_on_every_rank():
 
 @pytest.mark.parametrize("leaders", [(0,), (1,), (0, 1)])
 def test_a_dead_engines_unfinished_prompts_are_answered_after_its_restart(leaders):
+    a_death = multiprocessing.get_context("fork").Event()
+
     def scenario(rank):
-        engines = {leader: Mortal(dies_at=(2,) if leader == leaders[-1] else ()) for leader in leaders}
+        engines = {each: Mortal(dies_at=(2,) if each == leaders[-1] else (), a_death=a_death) for each in leaders}
         rollout = front(rank, engines, weight_version=7, max_engine_restarts=1)
         rollout.update_weights()
         samples = rollout.generate(PROMPTS, PARAMS)
