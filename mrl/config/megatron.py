@@ -35,7 +35,7 @@ class MegatronConfig(Section):
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); null is off."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence; acts on packed samples (`use_remove_padding`)."""
     expert_model_parallel_size: int = 1
     """Ranks of a pipeline stage that deal out each layer's experts among them; 1 for models without experts."""
     expert_tensor_parallel_size: int | None = None
@@ -71,6 +71,11 @@ class MegatronConfig(Section):
             raise ConfigError(
                 f"expert_tensor_parallel_size = {self.expert_tensor_parallel_size} is not supported: experts are not "
                 "cut; set it to 1, and deal experts out with expert_model_parallel_size"
+            )
+        if self.context_parallel_size > 1 and not self.use_remove_padding:
+            raise ConfigError(
+                f"context_parallel_size = {self.context_parallel_size} shares packed sequences only; set "
+                "use_remove_padding=True"
             )
         if self.use_dist_checkpointing and self.dist_checkpointing_path is None:
             raise ConfigError(

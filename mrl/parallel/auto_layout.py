@@ -48,8 +48,6 @@ class BytesPerParameter:
 
 def check_layout(layout: ParallelLayout, spec: ModelSpec) -> None:
     """Raise ValueError, with the numbers and what to change, unless `layout` divides heads, layers and experts."""
-    if layout.cp > 1:
-        raise ValueError(f"context_parallel_size = {layout.cp} is not supported; set it to 1")
     problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec) or _ep_problem(layout, spec)
     if problem:
         raise ValueError(problem)

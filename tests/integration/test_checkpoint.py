@@ -53,10 +53,10 @@ CASES: dict[str, tuple[str, str, bool, list[dict[str, Any]], list[dict[str, Any]
         "actor",
         "qwen2",
         True,
-        [SEQUENCE_PARALLEL, {}, {"pp": 2, "vpp": 2}],
+        [SEQUENCE_PARALLEL, {"cp": 2}, {"pp": 2, "vpp": 2}],
         [SEQUENCE_PARALLEL, {"pp": 2, "vpp": 2}, {"tp": 4}],
     ),
-    "tied actor": ("actor", "llama", True, [{"tp": 4}], [{"pp": 2}]),
+    "tied actor": ("actor", "llama", True, [{"tp": 4}], [{"pp": 2, "cp": 2}]),
     "experts": (
         "actor",
         "mixtral",
@@ -95,6 +95,7 @@ def engine_of(path: str, kind: str, axes: dict[str, Any], *, distributed: bool) 
             temperature=TEMPERATURE,
             optimizer=OPTIMIZER,
             data_parallel=DataParallelSettings(use_distributed_optimizer=distributed),
+            packed="cp" in axes,
         )
     )
 
@@ -216,7 +217,7 @@ def test_training_goes_on_in_any_layout_and_bitwise_in_the_same(models, tmp_path
 
 def test_an_export_is_the_model_that_the_trainer_has(models, tmp_path) -> None:
     batch = make_batch(VOCAB, 4, seed=9)
-    layouts = {"qwen2": {"tp": 4}, "llama": {"tp": 2, "pp": 2, "vpp": 2}}
+    layouts = {"qwen2": {"tp": 2, "cp": 2}, "llama": {"tp": 2, "pp": 2, "vpp": 2}}
 
     def run_all() -> list[torch.Tensor]:
         log_probs = []

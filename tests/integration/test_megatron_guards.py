@@ -51,7 +51,7 @@ def role(path: str, world_size: int, **options: Any) -> RoleSetup:
         ({"tp": 16}, "tensor_model_parallel_size = 16 does not fit num_attention_heads = 8"),
         ({"pp": 16}, "pipeline_model_parallel_size = 16 does not divide num_hidden_layers = 4"),
         ({"pp": 4, "vpp": 4}, "virtual_pipeline_model_parallel_size = 16 does not divide num_hidden_layers = 4"),
-        ({"cp": 2}, "context_parallel_size = 2 is not supported"),
+        ({"cp": 2}, "context_parallel_size = 2 shares packed sequences only; set use_remove_padding=True"),
         ({"dtype": "float16"}, "dtype = 'float16' is not supported"),
         ({"kind": "reference"}, "a reference is not trained; its optimizer must be None"),
     ],

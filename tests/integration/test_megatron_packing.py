@@ -12,7 +12,7 @@ from megatron_reference import OPTIMIZER, make_batch, policy_loss, save_tiny_mod
 from ranks import run_on_ranks
 
 from mrl.backends.megatron.attention import attend_within, split_runs
-from mrl.backends.megatron.inputs import packed_inputs, padded_inputs
+from mrl.backends.megatron.inputs import ContextPlace, packed_inputs, padded_inputs
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
@@ -39,6 +39,32 @@ def test_packed_inputs_hand_worked_case() -> None:
     aligned = inputs.align(torch.arange(10.0, 18.0).unsqueeze(0))
     assert aligned.tolist() == [[0, 10, 11], [0, 0, 0], [0, 14, 0]]
     assert inputs.targets[0, [0, 1, 4]].tolist() == [6, 7, 4]
+
+
+def test_shared_inputs_hand_worked_case() -> None:
+    batch = batch_of([5, 6, 7, 8, 9], [8], [9, 4])
+    first, second = (packed_inputs(batch, multiple=2, place=ContextPlace(rank=rank, size=2)) for rank in range(2))
+    # Padded to 8 + 4 + 4 tokens, a multiple of 2 x 2; ranks have chunks 0 and 3, and 1 and 2, of each sequence.
+    assert first.tokens.tolist() == [[5, 6, 0, 0, 8, 0, 9, 0]]
+    assert second.tokens.tolist() == [[7, 8, 9, 0, 0, 0, 4, 0]]
+    assert first.positions.tolist() == [[0, 1, 6, 7, 0, 3, 0, 3]]
+    assert second.positions.tolist() == [[2, 3, 4, 5, 1, 2, 1, 2]]
+    assert first.packed is not None
+    assert first.packed.cu_seqlens_q.tolist() == [0, 8, 12, 16]
+    assert first.targets[0, [0, 1, 6]].tolist() == [6, 7, 4]
+    assert second.targets[0, [0, 1]].tolist() == [8, 9]
+    assert first.align(torch.arange(10.0, 18.0)).tolist() == [[0, 10, 11, 0, 0], [0] * 5, [0, 16, 0, 0, 0]]
+    assert second.align(torch.arange(20.0, 28.0)).tolist() == [[0, 0, 0, 20, 21], [0] * 5, [0] * 5]
+    assert torch.cat([first.tokens, second.tokens], 1)[0, first.packed.restore].tolist() == [
+        5, 6, 7, 8, 9, 0, 0, 0, 8, 0, 0, 0, 9, 4, 0, 0
+    ]  # fmt: skip
+
+
+def test_a_share_is_padded_for_sequence_parallelism() -> None:
+    inputs = packed_inputs(batch_of([5, 6, 7]), multiple=4, place=ContextPlace(rank=1, size=2))
+    assert inputs.tokens.shape == (1, 4)
+    assert inputs.packed is not None
+    assert inputs.packed.lengths == (4, 4)
 
 
 def test_padded_inputs_hand_worked_case() -> None:
@@ -83,6 +109,23 @@ def test_attention_within_sequences_equals_a_loop_over_queries(lengths: list[int
                 # Sums of up to 150 terms of size 1 in float32.
                 torch.testing.assert_close(place, expected, atol=3e-6, rtol=0)
         start += length
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), cp=st.sampled_from([2, 3]))
+def test_attention_of_shares_equals_that_of_whole_sequences(lengths: list[int], cp: int) -> None:
+    batch = batch_of(*([1] * length for length in lengths))
+    shares = [packed_inputs(batch, place=ContextPlace(rank=rank, size=cp)).packed for rank in range(cp)]
+    assert shares[0] is not None
+    generator, total = torch.Generator().manual_seed(0), sum(shares[0].lengths)
+    query = torch.randn(total, 4, 3, generator=generator)
+    key, value = (torch.randn(total, 2, 3, generator=generator) for _ in range(2))
+    whole = attend_within(shares[0].lengths, query, key, value, scale=0.3)
+    parts = [
+        attend_within(each.lengths, query[each.share], key, value, scale=0.3, positions=each.positions[each.share])
+        for each in shares
+    ]
+    torch.testing.assert_close(torch.cat(parts)[shares[0].restore], whole, atol=3e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")

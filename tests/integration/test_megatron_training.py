@@ -70,6 +70,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"tp": 4, "pp": 2, "sequence_parallel": True},
         {"packed": True, "limit": FEW_TOKENS, "recompute": Recompute(granularity="selective")},
     ),
+    "shared sequences, by tokens: tp2 cp2 pp2 sp": (
+        "qwen2",
+        {"tp": 2, "cp": 2, "pp": 2, "sequence_parallel": True},
+        {"packed": True, "limit": FEW_TOKENS, "data_parallel": OVERLAPPED},
+    ),
+    "shared sequences, tied, norms on q and k, experts: cp4 ep2 dp2": (
+        "qwen3_moe",
+        {"cp": 4, "ep": 2},
+        {"packed": True, "recompute": Recompute(granularity="selective")},
+    ),
     "norms on q and k, kv heads < tp: tp4 dp2 sp": ("qwen3", {"tp": 4, "sequence_parallel": True}, {}),
     "experts: tp2 ep4 dp4 sp": ("qwen3_moe", {"tp": 2, "ep": 4, "sequence_parallel": True}, {}),
     "experts: pp2 vpp2 ep2 dp4 recompute": (

@@ -53,7 +53,11 @@ NO_CORRECTION = CorrectionStage()
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}, False),
     "tp4 pp1 dp2, critic tp2 pp2 dp2": ({"tp": 4}, {"tp": 2, "pp": 2}, False),
-    "packed: tp1 pp2 vpp2 dp4, critic tp4 dp2": ({"pp": 2, "vpp": 2}, {"tp": 4, "sequence_parallel": True}, True),
+    "packed: pp2 vpp2 cp2 dp2, critic tp2 cp4": (
+        {"pp": 2, "vpp": 2, "cp": 2},
+        {"tp": 2, "cp": 4, "sequence_parallel": True},
+        True,
+    ),
 }
 
 # Losses and norms are of size 0.1 to 2; 8 updates of fp32 rounding through 4 layers and Adam.

@@ -22,7 +22,7 @@ from mrl.backends.megatron.checkpoint import load_role, stage_role
 from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.groups import destroy_groups
 from mrl.backends.megatron.hf_export import StagedExport, stage_hf_weights
-from mrl.backends.megatron.inputs import packed_inputs, padded_inputs
+from mrl.backends.megatron.inputs import ContextPlace, packed_inputs, padded_inputs
 from mrl.backends.megatron.metrics import ReducedMetrics, merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.model import ModelChunk
 from mrl.backends.megatron.offload import OffloadSettings, RoleOffload
@@ -80,6 +80,7 @@ class MegatronEngine:
         tp_group = parts.groups.tp
         self._offload = _role_offload(parts) if parts.device.type == "cuda" else None
         self._host_buffer = HostBuffer()
+        self._place = ContextPlace(rank=parts.groups.cp.rank(), size=parts.groups.cp.size())
         self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
 
     @property
@@ -196,11 +197,12 @@ class MegatronEngine:
     def _outputs(self, output: Tensor, item: MicroBatch, *, with_entropy: bool = False) -> dict[str, Tensor]:
         parts = self._parts
         if parts.is_critic:
-            return value_output(output, item.inputs)
+            return value_output(output, item.inputs, cp_group=parts.groups.cp)
         return log_prob_output(
             output,
             item.inputs,
             tp_group=parts.groups.tp,
+            cp_group=parts.groups.cp,
             vocab_size=parts.spec.vocab_size,
             temperature=parts.temperature,
             with_entropy=with_entropy,
@@ -224,7 +226,7 @@ class MegatronEngine:
         packed, multiple = self._parts.packed, self._parts.schedule.width_multiple
         chosen = indices or [stand_in]
         selected = _on_device(batch.select(chosen).trim(1 if packed else multiple), self._parts.device)
-        inputs = packed_inputs(selected, multiple=multiple) if packed else padded_inputs(selected)
+        inputs = packed_inputs(selected, multiple=multiple, place=self._place) if packed else padded_inputs(selected)
         return MicroBatch(batch=selected, inputs=inputs, indices=chosen, is_filler=not indices)
 
     def _report(self, guarded: _GuardedLoss, contributions: Sequence[dict[str, Metric]]) -> ReducedMetrics:
@@ -240,7 +242,7 @@ class MegatronEngine:
                     raise FloatingPointError(
                         f"rank {dist.get_rank()} has gradients that are not finite{loss}; no optimizer step was made"
                     )
-        return metrics if self._parts.groups.tp.rank() == 0 else {}
+        return metrics if self._parts.groups.tp.rank() == self._parts.groups.cp.rank() == 0 else {}
 
     def _gather_parameters(self) -> None:
         """With overlap_param_gather parameters are stale after a step until the next forward pass asks for them."""

@@ -124,7 +124,8 @@ class _Gathering:
         groups, layout = parts.groups, parts.layout
         on_stage = groups.pp.rank() == file.pp_rank
         # Places on the stage: tensor-parallel ranks are consecutive, and so are expert-parallel ones.
-        place, writer = groups.dp.rank() * layout.tp + groups.tp.rank(), file.dp_rank * layout.tp
+        place = dist.get_rank() % (layout.world_size // layout.pp)
+        writer = file.dp_rank * layout.cp * layout.tp
         self.writes = on_stage and place == writer
         self._in_tp_group = on_stage and place // layout.tp == writer // layout.tp
         self._in_ep_group = on_stage and place // layout.ep == writer // layout.ep

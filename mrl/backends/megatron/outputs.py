@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from mrl.backends.megatron.inputs import ModelInputs
@@ -14,27 +15,37 @@ def log_prob_output(
     inputs: ModelInputs,
     *,
     tp_group: dist.ProcessGroup,
+    cp_group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float,
     with_entropy: bool,
 ) -> dict[str, Tensor]:
-    """`log_probs` and, if asked for, `entropy`, [b, t] float32. Called by all of tp_group, on the last stage.
+    """`log_probs` and, if asked for, `entropy`, [b, t] float32. Called by all of both groups, on the last stage.
 
     Args:
-        logits: [b, t, V/tp] or packed [1, N, V/tp], padded vocabulary.
+        logits: [b, t, V/tp] or packed [1, N / cp, V/tp], padded vocabulary.
         vocab_size: without padding.
     """
     if not with_entropy:
         log_probs = vocab_parallel_log_probs(
             logits, inputs.targets, tp_group=tp_group, vocab_size=vocab_size, temperature=temperature
         )
-        return {"log_probs": inputs.align(log_probs)}
+        return {"log_probs": _align(log_probs, inputs, cp_group)}
     log_probs, entropy = vocab_parallel_log_probs_and_entropy(
         logits, inputs.targets, tp_group=tp_group, vocab_size=vocab_size, temperature=temperature
     )
-    return {"log_probs": inputs.align(log_probs), "entropy": inputs.align(entropy)}
+    return {"log_probs": _align(log_probs, inputs, cp_group), "entropy": _align(entropy, inputs, cp_group)}
 
 
-def value_output(values: Tensor, inputs: ModelInputs) -> dict[str, Tensor]:
-    """`values`, [b, t] float32, from the value head's [b, t, 1] or packed [1, N, 1]."""
-    return {"values": inputs.align(values.float().squeeze(-1))}
+def value_output(values: Tensor, inputs: ModelInputs, *, cp_group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """`values`, [b, t] float32, from the value head's [b, t, 1] or packed [1, N / cp, 1]. Called by all of cp_group."""
+    return {"values": _align(values.float().squeeze(-1), inputs, cp_group)}
+
+
+def _align(predicted: Tensor, inputs: ModelInputs, cp_group: dist.ProcessGroup) -> Tensor:
+    """Whole samples on each rank that shares them, for losses that look at whole samples.
+
+    Every rank computes the same loss; what flows back into it is the gradient of its own predictions.
+    """
+    aligned = inputs.align(predicted)
+    return reduce_from_tensor_model_parallel_region(aligned, group=cp_group) if cp_group.size() > 1 else aligned

@@ -66,6 +66,10 @@ class RoleSetup:
             raise ValueError(f"a {self.kind.replace('_', ' ')} is not trained; its optimizer must be None")
         if self.kind == "actor" and self.offload.parameters:
             raise ValueError("an actor's parameters stay on the device, where engines read them in place")
+        if self.layout.cp > 1 and not self.packed:
+            raise ValueError(
+                f"context_parallel_size = {self.layout.cp} shares packed sequences only; set use_remove_padding=True"
+            )
         check_layout(self.layout, self.spec)
 
 
