@@ -51,9 +51,11 @@ FinishReason = Literal["stop", "length", "abort"]
 class Generation:
     """What an engine returns for one prompt."""
 
-    response_ids: list[int]
-    rollout_log_probs: list[float]
-    """One per response token, natural log, of the distribution before top-p/top-k, at the sampling temperature."""
+    response_ids: Sequence[int]
+    """An `array("i")` where an engine generated them: a list of as many Python numbers takes ten times the memory."""
+    rollout_log_probs: Sequence[float]
+    """One per response token, natural log, of the distribution before top-p/top-k, at the sampling temperature; an
+    `array("f")` likewise."""
     finish_reason: FinishReason
     weight_version: int
 
@@ -65,6 +67,7 @@ class Sample:
     prompt: Prompt
     generation: Generation
     response_text: str = ""
+    """Set when the sample is scored: on the rank that scores and, where a reward model reads it, on all."""
     reward: float | None = None
     reward_info: dict[str, float] = field(default_factory=dict)
     baseline: float | None = None
@@ -104,9 +107,9 @@ class TrainBatch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def select(self, indices: Sequence[int] | Tensor) -> TrainBatch:
-        """The samples at `indices`, in that order, with the same padded width."""
-        index = torch.as_tensor(indices, dtype=torch.long)
+    def select(self, indices: Sequence[int] | Tensor | slice) -> TrainBatch:
+        """The samples at `indices`, in that order, with the same padded width; a slice of them shares their memory."""
+        index = indices if isinstance(indices, slice) else torch.as_tensor(indices, dtype=torch.long)
         return self._map(lambda tensor: tensor[index])
 
     def trim(self, multiple: int = 1) -> TrainBatch:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from mrl.algorithms.masking import masked_mean, masked_variance, require_same_shape
+from mrl.algorithms.blocks import map_blocks, row_blocks
+from mrl.algorithms.masking import compute_moments, require_same_shape
+
+_SCAN_WIDTH = 32
+"""Tokens whose recursion is one matrix product."""
 
 
 def compute_token_rewards(scores: Tensor, loss_mask: Tensor) -> Tensor:
@@ -25,9 +31,11 @@ def compute_token_rewards(scores: Tensor, loss_mask: Tensor) -> Tensor:
         raise ValueError(
             f"scores {list(scores.shape)} must have one entry per row of loss_mask {list(loss_mask.shape)}"
         )
-    trained_after = loss_mask.flip(1).cumsum(1).flip(1)
-    is_last = loss_mask & (trained_after == 1)
-    return torch.where(is_last, scores[:, None].float(), 0.0)
+    rewards = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
+    samples = loss_mask.any(1).nonzero().flatten()
+    last = loss_mask.shape[1] - 1 - loss_mask.flip(1).view(torch.uint8).argmax(1)
+    rewards[samples, last[samples]] = scores[samples].float()
+    return rewards
 
 
 @torch.no_grad()
@@ -58,19 +66,14 @@ def compute_gae(
     for name, discount in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"algorithm.{name} = {discount} must lie in [0, 1]")
-    # Time first: the loop then reads contiguous rows.
-    rewards_tb, values_tb, mask_tb = (tensor.t().contiguous() for tensor in (rewards, values, loss_mask))
-    advantages_tb = torch.zeros_like(values_tb)
-    next_value = values_tb.new_zeros(values.shape[0])
-    next_advantage = torch.zeros_like(next_value)
-    for t in reversed(mask_tb.any(1).nonzero().flatten().tolist()):
-        delta = rewards_tb[t] + gamma * next_value - values_tb[t]
-        advantage = delta + gamma * lam * next_advantage
-        next_value = torch.where(mask_tb[t], values_tb[t], next_value)
-        next_advantage = torch.where(mask_tb[t], advantage, next_advantage)
-        advantages_tb[t] = torch.where(mask_tb[t], advantage, 0.0)
-    advantages = advantages_tb.t().contiguous()
-    return advantages, torch.where(loss_mask, advantages + values, 0.0)
+    advantages, returns = torch.empty_like(values), torch.empty_like(values)
+    for rows in row_blocks(values.shape):
+        mask = loss_mask[rows]
+        estimate = _gae_of_runs if _are_runs(mask) else _gae_over_gaps
+        exact = estimate(rewards[rows], values[rows], mask, gamma=gamma, decay=gamma * lam)
+        advantages[rows] = torch.where(mask, exact, 0.0)
+        returns[rows] = torch.where(mask, exact + values[rows], 0.0)
+    return advantages, returns
 
 
 @torch.no_grad()
@@ -92,10 +95,13 @@ def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
         ValueError: shapes differ.
     """
     require_same_shape(advantages=advantages, loss_mask=loss_mask)
-    exact = advantages.double()
-    centered = exact - masked_mean(exact, loss_mask)
-    scaled = centered * torch.rsqrt(masked_variance(exact, loss_mask) + 1e-8)
-    return torch.where(loss_mask, scaled, 0.0).to(advantages.dtype)
+    moments = compute_moments(advantages, loss_mask)
+    scale = (moments.variance + 1e-8) ** -0.5
+
+    def scaled(advantages: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, (advantages.double() - moments.mean) * scale, 0.0)
+
+    return map_blocks(scaled, advantages, loss_mask)
 
 
 @torch.no_grad()
@@ -114,8 +120,65 @@ def compute_explained_variance(values: Tensor, returns: Tensor, loss_mask: Tenso
         ValueError: shapes differ.
     """
     require_same_shape(values=values, returns=returns, loss_mask=loss_mask)
-    target = returns.double()
-    total = masked_variance(target, loss_mask)
-    unexplained = masked_variance(target - values.double(), loss_mask)
-    rounding = (1e-6**2) * masked_mean(values.double() ** 2, loss_mask)
-    return torch.where(total > rounding, 1 - unexplained / total, torch.nan).float()
+    total = compute_moments(returns, loss_mask).variance
+    rounding = 1e-6**2 * compute_moments(values, loss_mask).mean_square
+    if total <= rounding:
+        return torch.tensor(torch.nan)
+    unexplained = compute_moments(returns, loss_mask, minus=values).variance
+    return torch.tensor(1 - unexplained / total, dtype=torch.float32)
+
+
+def _are_runs(mask: Tensor) -> bool:
+    """Whether the trained tokens of each row are adjacent."""
+    flags = mask.view(torch.uint8)
+    starts = (flags[:, 1:] > flags[:, :-1]).sum(1) + flags[:, 0]
+    return bool((starts <= 1).all())
+
+
+def _gae_of_runs(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, decay: float) -> Tensor:
+    """[b, t] float64 advantages of rows whose trained tokens are adjacent; arbitrary where the mask is False."""
+    value = torch.where(mask, values, 0.0)
+    delta = torch.where(mask, rewards, 0.0).sub_(value)
+    delta[:, :-1].add_(value[:, 1:], alpha=gamma)
+    # A token before the run would be given the value of its first token; its own advantage is dropped, and no other's
+    # depends on it.
+    return _decayed_sums(delta.double(), decay)
+
+
+def _gae_over_gaps(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, decay: float) -> Tensor:
+    """As `_gae_of_runs`, of any rows: their trained tokens are moved together and back."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    places = mask.cumsum(1)[rows, columns] - 1
+
+    def join(tensor: Tensor) -> Tensor:
+        joined = torch.zeros_like(tensor)
+        joined[rows, places] = tensor[rows, columns]
+        return joined
+
+    joined = _gae_of_runs(join(rewards), join(values), join(mask), gamma=gamma, decay=decay)
+    exact = torch.zeros_like(joined)
+    exact[rows, columns] = joined[rows, places]
+    return exact
+
+
+def _decayed_sums(terms: Tensor, decay: float) -> Tensor:
+    """Entry t is the sum over s >= t of decay^(s - t) terms[s]. [b, t] float64.
+
+    Within pieces of `_SCAN_WIDTH` tokens, and from piece to piece, as a product with a triangular matrix: a loop over
+    tokens would need a transposed copy of every tensor. In float64, so that the result, rounded to float32, does not
+    show where pieces begin.
+    """
+    width = terms.shape[1]
+    pieces = torch.nn.functional.pad(terms, (0, -width % _SCAN_WIDTH)).unflatten(1, (-1, _SCAN_WIDTH))
+    within = pieces @ _decay_matrix(_SCAN_WIDTH, decay)
+    behind = within[:, 1:, 0] @ _decay_matrix(within.shape[1] - 1, decay**_SCAN_WIDTH)
+    powers = torch.tensor(decay, dtype=torch.float64) ** torch.arange(_SCAN_WIDTH, 0, -1)
+    within[:, :-1].addcmul_(behind.unsqueeze(2), powers)
+    return within.flatten(1)[:, :width]
+
+
+@functools.lru_cache(maxsize=8)
+def _decay_matrix(size: int, decay: float) -> Tensor:
+    """[s, t] float64: decay^(s - t) for s >= t, else 0."""
+    distance = torch.arange(size)[:, None] - torch.arange(size)
+    return (torch.tensor(decay, dtype=torch.float64) ** distance.clamp(min=0)).tril()

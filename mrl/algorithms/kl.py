@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mrl.algorithms.masking import masked_mean, require_same_shape
+from mrl.algorithms.blocks import map_blocks, sum_blocks
+from mrl.algorithms.masking import masked_mean, masked_sum, require_same_shape
 
 _ESTIMATOR_OF = {
     "kl": "k1",
@@ -99,9 +100,42 @@ def apply_kl_penalty(
         ValueError: unknown kind, or shapes differ.
     """
     require_same_shape(rewards=rewards, log_probs=log_probs, ref_log_probs=ref_log_probs, loss_mask=loss_mask)
-    kl = torch.where(loss_mask, compute_kl(log_probs, ref_log_probs, kind), 0.0)
-    per_sample = masked_mean(kl.double(), loss_mask, dim=1)
-    return rewards - kl_coef * kl, float(masked_mean(per_sample, loss_mask.any(1)))
+    per_sample, samples = sum_blocks(
+        lambda log_probs, ref_log_probs, mask: _sample_means(compute_kl(log_probs, ref_log_probs, kind), mask),
+        log_probs,
+        ref_log_probs,
+        loss_mask,
+    )
+    penalised = map_blocks(
+        lambda rewards, log_probs, ref_log_probs, mask: rewards.sub(
+            torch.where(mask, compute_kl(log_probs, ref_log_probs, kind), 0.0), alpha=kl_coef
+        ),
+        rewards,
+        log_probs,
+        ref_log_probs,
+        loss_mask,
+    )
+    return penalised, per_sample / max(samples, 1)
+
+
+@torch.no_grad()
+def compute_mean_kl(log_probs: Tensor, ref_log_probs: Tensor, loss_mask: Tensor, kind: str) -> float:
+    """Mean of `compute_kl` over the trained tokens of a whole batch, all [B, T]; 0 of none."""
+    total, count = sum_blocks(
+        lambda log_probs, ref_log_probs, mask: [
+            masked_sum(compute_kl(log_probs, ref_log_probs, kind), mask, dim=1).double().sum(),
+            mask.count_nonzero(),
+        ],
+        log_probs,
+        ref_log_probs,
+        loss_mask,
+    )
+    return total / max(count, 1)
+
+
+def _sample_means(kl: Tensor, mask: Tensor) -> list[Tensor]:
+    """Sum of the samples' means over their trained tokens, and the number of samples that have any."""
+    return [masked_mean(kl.double(), mask, dim=1).sum(), mask.any(1).count_nonzero()]
 
 
 class KLController(Protocol):

@@ -14,10 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mrl.algorithms.blocks import row_blocks, sum_blocks
 from mrl.algorithms.masking import masked_max, masked_mean, masked_sum, require_same_shape
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios, of tokens or of whole sequences, are clamped to this on both sides before they are exponentiated."""
+
+_MISMATCH_MEANS = ("log_prob_abs_diff_mean", "kl_k1", "kl_k3", "outside_fraction")
 
 Level = Literal["token", "sequence"]
 Divergence = Literal["k1", "k2", "k3"]
@@ -171,13 +174,9 @@ def mismatch_means(log_ratio: Tensor, ratio_bounds: tuple[float, float]) -> dict
     `outside_fraction`: whether the ratio exp(d) lies outside its bounds. d, the log-ratio, is clamped to +-20.
     """
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio, (lower, upper) = bounded.exp(), ratio_bounds
-    return {
-        "log_prob_abs_diff_mean": log_ratio.abs(),
-        "kl_k1": -bounded,
-        "kl_k3": torch.expm1(bounded) - bounded,
-        "outside_fraction": ((ratio < lower) | (ratio > upper)).to(log_ratio.dtype),
-    }
+    excess, (lower, upper) = torch.expm1(bounded), ratio_bounds
+    outside = ((excess < lower - 1) | (excess > upper - 1)).to(log_ratio.dtype)
+    return dict(zip(_MISMATCH_MEANS, (log_ratio.abs(), -bounded, excess - bounded, outside), strict=True))
 
 
 @torch.no_grad()
@@ -192,10 +191,23 @@ def compute_mismatch(log_ratio: Tensor, loss_mask: Tensor, ratio_bounds: tuple[f
         loss_mask: [B, T] bool.
         ratio_bounds: for `outside_fraction`.
     """
-    means = mismatch_means(log_ratio.double(), ratio_bounds)
-    return {name: float(masked_mean(values, loss_mask)) for name, values in means.items()} | {
-        "log_prob_abs_diff_max": float(masked_max(log_ratio.abs(), loss_mask, empty=0.0)),
-        "effective_sample_size": _effective_sample_size(compute_ratio(log_ratio, loss_mask, "token"), loss_mask),
+
+    def sums(log_ratio: Tensor, mask: Tensor) -> list[Tensor]:
+        # Zeros add nothing to any sum but 1 each to those of the ratio.
+        selected = torch.where(mask, log_ratio, 0.0)
+        means = mismatch_means(selected, ratio_bounds)
+        means["outside_fraction"] *= mask
+        ratio = compute_ratio(selected, mask, "token")
+        values = [*means.values(), ratio, ratio.square()]
+        return [mask.count_nonzero(), *(each.sum(1).double().sum() for each in values)]
+
+    count, *totals, ratios, squares = sum_blocks(sums, log_ratio, loss_mask)
+    ratios, squares = (total - (loss_mask.numel() - count) for total in (ratios, squares))
+    blocks = row_blocks(log_ratio.shape)
+    return {
+        **{name: total / max(count, 1) for name, total in zip(_MISMATCH_MEANS, totals, strict=True)},
+        "log_prob_abs_diff_max": max(float(masked_max(log_ratio[r].abs(), loss_mask[r], empty=0.0)) for r in blocks),
+        "effective_sample_size": ratios**2 / (count * squares) if count and squares > 0 else 0.0,
     }
 
 

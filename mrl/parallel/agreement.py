@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -32,6 +32,36 @@ def gather_results[T](compute: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, _attempt(compute))
     return _unwrap(outcomes)
+
+
+def share_out[T, R](
+    compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, only_to: int | None = None
+) -> list[R]:
+    """What `compute` returns for `items`, of which each rank gives it every world_size-th.
+
+    Called by all ranks with the same items. If any of them failed, the lowest failing rank's exception is raised on
+    every rank.
+
+    Args:
+        only_to: the one rank that gets the results, where they are large; the others get an empty list.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(compute(items))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    outcome = _attempt(lambda: compute(items[rank::world_size]))
+    outcomes: list[Any] = [None] * world_size
+    if only_to is None:
+        dist.all_gather_object(outcomes, outcome)
+    else:
+        dist.gather_object(outcome, outcomes if rank == only_to else None, dst=only_to)
+        failure = broadcast_result(lambda: next((each for each in outcomes if each[1]), None), source_rank=only_to)
+        if failure or rank != only_to:
+            _unwrap([failure] if failure else [])
+            return []
+    results: list[Any] = [None] * len(items)
+    for first, share in enumerate(_unwrap(outcomes)):
+        results[first::world_size] = share
+    return results
 
 
 def _attempt(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:

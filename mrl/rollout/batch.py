@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from mrl.types import Sample, TrainBatch
@@ -32,27 +33,27 @@ def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int =
     prompts = [len(sample.prompt.token_ids) for sample in samples]
     lengths = [prompt + len(sample.generation.response_ids) for prompt, sample in zip(prompts, samples, strict=True)]
     width = -(-max(lengths) // multiple) * multiple
-    tokens = torch.full((len(samples), width), pad_token_id, dtype=torch.int64)
-    loss_mask = torch.zeros(len(samples), width, dtype=torch.bool)
-    rollout_log_probs = torch.zeros(len(samples), width, dtype=torch.float32)
+    tokens = np.empty((len(samples), width), dtype=np.int64)
+    loss_mask = np.zeros((len(samples), width), dtype=np.bool_)
+    rollout_log_probs = np.zeros((len(samples), width), dtype=np.float32)
     for row, (sample, prompt, length) in enumerate(zip(samples, prompts, lengths, strict=True)):
-        generation = sample.generation
-        tokens[row, :length] = torch.tensor([*sample.prompt.token_ids, *generation.response_ids])
+        tokens[row, :prompt] = sample.prompt.token_ids
+        tokens[row, prompt:length] = sample.generation.response_ids
+        tokens[row, length:] = pad_token_id
         loss_mask[row, prompt:length] = True
-        rollout_log_probs[row, prompt:length] = torch.tensor(generation.rollout_log_probs)
+        rollout_log_probs[row, prompt:length] = sample.generation.rollout_log_probs
     return TrainBatch(
-        tokens=tokens,
+        tokens=torch.from_numpy(tokens),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        loss_mask=loss_mask,
-        rollout_log_probs=rollout_log_probs,
+        loss_mask=torch.from_numpy(loss_mask),
+        rollout_log_probs=torch.from_numpy(rollout_log_probs),
     )
 
 
-def decode_responses(samples: Sequence[Sample], tokenizer: Decoder) -> None:
-    """Set every sample's `response_text`: its response without special tokens, so without the stop token."""
-    texts = tokenizer.batch_decode([sample.generation.response_ids for sample in samples], skip_special_tokens=True)
-    for sample, text in zip(samples, texts, strict=True):
-        sample.response_text = text
+def decode_responses(samples: Sequence[Sample], tokenizer: Decoder) -> list[str]:
+    """The samples' responses without special tokens, so without the stop token."""
+    responses = [list(sample.generation.response_ids) for sample in samples]
+    return tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
 def _check(sample: Sample) -> None:

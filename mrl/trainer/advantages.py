@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mrl.algorithms.advantages import compute_explained_variance, compute_token_rewards
 from mrl.algorithms.estimators import AdvantageInputs, Estimator
-from mrl.algorithms.kl import KLController, apply_kl_penalty, compute_kl
-from mrl.algorithms.masking import masked_mean
+from mrl.algorithms.kl import KLController, apply_kl_penalty, compute_mean_kl
+from mrl.algorithms.masking import compute_moments
 from mrl.types import Sample, TrainBatch
 
 Metrics = dict[str, float]
@@ -41,14 +41,12 @@ class AdvantageStage:
         )
         advantages, returns = self.estimator(inputs)
         mask = batch.loss_mask
-        metrics |= {
-            "advantage/mean": float(masked_mean(advantages, mask)),
-            "advantage/abs_mean": float(masked_mean(advantages.abs(), mask)),
-        }
+        moments = compute_moments(advantages, mask)
+        metrics |= {"advantage/mean": moments.mean, "advantage/abs_mean": moments.mean_magnitude}
         if batch.values is not None:
             metrics |= {
                 "critic/explained_variance": float(compute_explained_variance(batch.values, returns, mask)),
-                "critic/return_mean": float(masked_mean(returns, mask)),
+                "critic/return_mean": compute_moments(returns, mask).mean,
             }
         return batch.with_fields(rewards=rewards, advantages=advantages, returns=returns), metrics
 
@@ -59,8 +57,7 @@ class AdvantageStage:
         if batch.ref_log_probs is None:
             return rewards, {}
         old_log_probs, ref_log_probs = batch.required("old_log_probs"), batch.ref_log_probs
-        kl = compute_kl(old_log_probs, ref_log_probs, kind=self.kl_penalty)
-        metrics = {"actor/ref_kl": float(masked_mean(kl, mask))}
+        metrics = {"actor/ref_kl": compute_mean_kl(old_log_probs, ref_log_probs, mask, self.kl_penalty)}
         if self.kl_controller is None:
             return rewards, metrics
         kl_coef = self.kl_controller.kl_coef

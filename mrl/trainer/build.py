@@ -210,7 +210,12 @@ class _Builder:
 
     def _scorer(self) -> Scorer:
         reward_fn = build_reward(self._config.reward) if self._env.rank == 0 else None
-        scorer = Scorer(reward_fn, self._inputs.tokenizer, source_rank=0)
+        scorer = Scorer(
+            reward_fn,
+            self._inputs.tokenizer,
+            source_rank=0,
+            texts_everywhere=self._inputs.reward_encoder is not None,
+        )
         self._stack.callback(scorer.close)
         return scorer
 
@@ -271,7 +276,10 @@ class _Builder:
     def _sample_writer(self, configured: str | None, kind: str) -> SampleWriter:
         if self._env.rank != 0:
             return SampleWriter(None)
-        return SampleWriter(Path(configured).expanduser() if configured else self._plan.run_dir / "samples" / kind)
+        folder = Path(configured).expanduser() if configured else self._plan.run_dir / "samples" / kind
+        writer = SampleWriter(folder)
+        self._stack.callback(writer.close)
+        return writer
 
     def _trackers(self) -> TrackerList:
         if self._env.rank != 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mrl.interfaces import RewardError, TrainEngine
+from mrl.parallel.agreement import share_out
 from mrl.trainer.phases import PhaseSwitch
 from mrl.types import MicroBatchLimit, Sample, TrainBatch
 
@@ -85,7 +87,7 @@ class RewardModelStage:
         Raises:
             RewardError: a conversation is too long or its score not finite, and that ends the run. On all ranks.
         """
-        conversations = [self.encoder.encode(sample) for sample in samples]
+        conversations = share_out(lambda share: [array("i", self.encoder.encode(each)) for each in share], samples)
         fitting = [row for row, ids in enumerate(conversations) if 0 < len(ids) <= self.encoder.max_length]
         scores = dict(zip(fitting, self._compute([conversations[row] for row in fitting]), strict=True))
         failed = [row for row in range(len(samples)) if not math.isfinite(scores.get(row, math.nan))]
@@ -105,7 +107,7 @@ class RewardModelStage:
         phases.timer.take()
         return scored
 
-    def _compute(self, conversations: Sequence[list[int]]) -> list[float]:
+    def _compute(self, conversations: Sequence[Sequence[int]]) -> list[float]:
         """The classifier's output for each conversation."""
         if not conversations:
             return []
@@ -113,7 +115,7 @@ class RewardModelStage:
         width = max(map(len, conversations)) + 1
         tokens = torch.zeros(len(conversations), width, dtype=torch.int64)
         for row, token_ids in enumerate(conversations):
-            tokens[row, : len(token_ids)] = torch.tensor(token_ids)
+            tokens[row, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
         lengths = torch.tensor([len(token_ids) + 1 for token_ids in conversations])
         batch = TrainBatch(tokens=tokens, lengths=lengths, loss_mask=torch.zeros_like(tokens, dtype=torch.bool))
         values = self.engine.compute_values(batch, limit=self.limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mrl.types import Sample
@@ -31,18 +32,45 @@ def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[st
 
 
 class SampleWriter:
-    """Writes samples of chosen steps to `<folder>/<step>.jsonl`; with no folder it writes nothing."""
+    """Writes samples of chosen steps to `<folder>/<step>.jsonl`, in the background; with no folder it writes nothing.
+
+    The texts of a large step take seconds, in which the other ranks would wait for this one.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._pending: Future[None] | None = None
 
     def write(self, samples: Sequence[Sample], *, step: int) -> None:
-        """One line per sample: prompt, response, reward and what it was compared with."""
+        """One line per sample: prompt, response, reward and what it was compared with.
+
+        Raises:
+            OSError: the samples before these could not be written.
+        """
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(_row(sample, step), ensure_ascii=False, default=str) for sample in samples]
-        (self._folder / f"{step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._finish()
+        self._pending = self._thread.submit(_write, self._folder / f"{step}.jsonl", list(samples), step)
+
+    def close(self) -> None:
+        """Wait for the last samples; raises as `write` does."""
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+
+    def _finish(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _write(path: Path, samples: Sequence[Sample], step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(_row(sample, step), ensure_ascii=False, default=str) + "\n")
 
 
 def _row(sample: Sample, step: int) -> dict[str, object]:

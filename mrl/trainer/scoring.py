@@ -6,25 +6,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mrl.interfaces import RewardFn
-from mrl.parallel.agreement import broadcast_result
+from mrl.parallel.agreement import broadcast_result, share_out
 from mrl.rollout.batch import Decoder, decode_responses
 from mrl.types import Sample
 
 
 class Scorer:
-    """Decodes and scores samples on one rank and gives every rank the result."""
+    """Decodes samples on all ranks, scores them on one and gives every rank the scores."""
 
-    def __init__(self, reward_fn: RewardFn | None, tokenizer: Decoder, *, source_rank: int) -> None:
+    def __init__(
+        self, reward_fn: RewardFn | None, tokenizer: Decoder, *, source_rank: int, texts_everywhere: bool = False
+    ) -> None:
+        """
+        Args:
+            texts_everywhere: whether every rank gets the texts, and not `source_rank` alone.
+        """
         self._reward_fn = reward_fn
         self._tokenizer = tokenizer
         self._source_rank = source_rank
+        self._texts_everywhere = texts_everywhere
 
     def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with `response_text`, `reward` and `reward_info` set.
+        """The samples with `reward` and `reward_info` set, and `response_text` where texts are wanted.
 
         Called by all ranks with the same samples. A RewardError is raised on every rank.
         """
-        decode_responses(samples, self._tokenizer)
+        texts = share_out(
+            lambda share: decode_responses(share, self._tokenizer),
+            samples,
+            only_to=None if self._texts_everywhere else self._source_rank,
+        )
+        if texts:
+            samples = [replace(sample, response_text=text) for sample, text in zip(samples, texts, strict=True)]
         scores = broadcast_result(lambda: self._compute(samples), source_rank=self._source_rank)
         return [
             replace(sample, reward=reward, reward_info=info)

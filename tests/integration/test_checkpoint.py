@@ -358,7 +358,7 @@ def train_export_and_generate(model: str, export: Path) -> list[list[int]]:
     finally:
         engine.shutdown()
         dist.destroy_process_group()
-    return [each.response_ids for each in generations]
+    return [list(each.response_ids) for each in generations]
 
 
 def generate_from_files(folder: Path) -> list[list[int]]:

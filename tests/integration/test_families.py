@@ -147,7 +147,7 @@ def generate(folder: str, tp_size: int) -> tuple[list[list[int]], list[list[int]
     try:
         ours = trained.engine.generate(jobs.PROMPTS, jobs.sampling(16, temperature=0.0))
         return (
-            [each.response_ids for each in ours],
+            [list(each.response_ids) for each in ours],
             jobs.greedy(trained.model, 16),
             trained.log_prob_error(ours, 1.0),
         )

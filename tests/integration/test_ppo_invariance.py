@@ -203,7 +203,7 @@ def train(
 
 def token_outputs(model: Reference, sample: Sample) -> dict[str, torch.Tensor]:
     """Outputs at the response tokens of one sample. [response]"""
-    tokens = torch.tensor([sample.prompt.token_ids + sample.generation.response_ids])
+    tokens = torch.tensor([[*sample.prompt.token_ids, *sample.generation.response_ids]])
     batch = type("Batch", (), {"tokens": tokens, "lengths": torch.tensor([tokens.shape[1]])})
     start = len(sample.prompt.token_ids)
     return {name: value[0, start:] for name, value in model.outputs(batch).items()}

@@ -67,7 +67,7 @@ def observe_generation(trained: jobs.TrainedEngine, seen: dict[str, Any]) -> Non
     engine = trained.engine
     seen["report"] = trained.update()
     greedy = engine.generate(jobs.PROMPTS, jobs.sampling(GREEDY, temperature=0.0))
-    seen["greedy"] = [(each.response_ids, each.finish_reason, each.weight_version) for each in greedy]
+    seen["greedy"] = [(list(each.response_ids), each.finish_reason, each.weight_version) for each in greedy]
     seen["transformers greedy"] = jobs.greedy(trained.model, GREEDY)
     seen["greedy log-prob error"] = trained.log_prob_error(greedy, 1.0)
     for temperature in (1.0, 0.7):
@@ -77,14 +77,14 @@ def observe_generation(trained: jobs.TrainedEngine, seen: dict[str, Any]) -> Non
     stopped = engine.generate(
         jobs.PROMPTS[:1], SamplingParams(max_new_tokens=GREEDY, temperature=0.0, stop_token_ids=(stop,))
     )
-    seen["stopped"] = (stop, stopped[0].response_ids, len(stopped[0].rollout_log_probs), stopped[0].finish_reason)
+    seen["stopped"] = (stop, list(stopped[0].response_ids), len(stopped[0].rollout_log_probs), stopped[0].finish_reason)
     prompts = list(enumerate(jobs.PROMPTS * 3))
     streamed = engine.generate_from(
         lambda free: [prompts.pop() for _ in range(min(free, len(prompts)))],
         jobs.sampling(GREEDY, temperature=0.0),
         window=4,
     )
-    seen["streamed"] = [streamed[index].response_ids for index in range(9)]
+    seen["streamed"] = [list(streamed[index].response_ids) for index in range(9)]
     refused = {
         "stop string": lambda: engine.generate([[5]], SamplingParams(max_new_tokens=1, stop=("end",))),
         "too long": lambda: engine.generate([[5] * 500], jobs.sampling(13)),
@@ -108,12 +108,12 @@ def observe_updates(trained: jobs.TrainedEngine, seen: dict[str, Any]) -> None:
     engine.poison_weights()
     trained.update()
     changed = engine.generate(jobs.PROMPTS, jobs.sampling(GREEDY, temperature=0.0))
-    tokens = [each.response_ids for each in changed]
+    tokens = [list(each.response_ids) for each in changed]
     seen["after a step"] = (tokens, jobs.greedy(trained.model, GREEDY), trained.log_prob_error(changed, 1.0))
     seen["version after a step"] = (changed[0].weight_version, trained.version)
-    samples = [[each.response_ids for each in engine.generate(jobs.PROMPTS, params)] for _ in range(2)]
+    samples = [[list(each.response_ids) for each in engine.generate(jobs.PROMPTS, params)] for _ in range(2)]
     engine.update_weights(trained.control, weight_version=trained.version)
-    samples.append([each.response_ids for each in engine.generate(jobs.PROMPTS, params)])
+    samples.append([list(each.response_ids) for each in engine.generate(jobs.PROMPTS, params)])
     seen["samples"] = samples
 
     whole = trained.control
@@ -130,7 +130,7 @@ def observe_updates(trained: jobs.TrainedEngine, seen: dict[str, Any]) -> None:
     engine.release_memory(["kv_cache", "weights"])
     engine.resume_memory(["weights", "kv_cache"])
     again = engine.generate(jobs.PROMPTS, jobs.sampling(GREEDY, temperature=0.0))
-    seen["after repair"] = [each.response_ids for each in again] == [each.response_ids for each in changed]
+    seen["after repair"] = [list(each.response_ids) for each in again] == [list(each.response_ids) for each in changed]
 
 
 def test_greedy_tokens_equal_transformers(observed):
@@ -261,10 +261,12 @@ def test_a_killed_scheduler_is_an_error_and_a_restart_brings_the_engine_back(mod
         restart_s = time.perf_counter() - begin
         unready = jobs.error_of(lambda: engine.generate(jobs.PROMPTS, jobs.sampling(1)))
         trained.update()
-        answers = [each.response_ids for each in engine.generate(jobs.PROMPTS, jobs.sampling(GREEDY, temperature=0.0))]
+        answers = [
+            list(each.response_ids) for each in engine.generate(jobs.PROMPTS, jobs.sampling(GREEDY, temperature=0.0))
+        ]
         engine.shutdown()
         left = jobs.differences(before, jobs.surroundings())
-        finished = {index: each.response_ids for index, each in died.value.finished.items()}
+        finished = {index: list(each.response_ids) for index, each in died.value.finished.items()}
         assert finished == {0: stop[0][: stop[0].index(short) + 1]}
         assert answers == [tokens[:GREEDY] for tokens in stop]
         return str(died.value), afterwards, unready, (died_s, restart_s), left
@@ -401,7 +403,9 @@ def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
         dist.barrier()
         rollout.close()
         dist.destroy_process_group()
-        answers = [(each.prompt.uid, each.generation.response_ids, each.generation.weight_version) for each in samples]
+        answers = [
+            (each.prompt.uid, list(each.generation.response_ids), each.generation.weight_version) for each in samples
+        ]
         return metrics["reshard/bytes"], answers
 
     def expected():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+
+import numpy as np
 
 from mrl.interfaces import EngineError
 from mrl.types import FinishReason, Generation, SamplingParams
@@ -70,8 +73,8 @@ def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generati
             before `max_new_tokens` because the engine ran out of room.
     """
     meta = output["meta_info"]
-    response_ids = list(output["output_ids"])
-    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    response_ids = array("i", output["output_ids"])
+    log_probs = np.array([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float64)
     reason = meta["finish_reason"]
     if reason["type"] == "stop" and not isinstance(reason.get("matched"), int):
         raise EngineError(f"engine stopped a response for {reason.get('matched')!r}; are its weights finite?")
@@ -82,11 +85,11 @@ def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generati
         )
     if len(log_probs) != len(response_ids):
         raise EngineError(f"engine returned {len(log_probs)} log-probs for {len(response_ids)} tokens")
-    if not all(math.isfinite(value) and value > _LOWEST_LOG_PROB for value in log_probs):
+    if not np.all(np.isfinite(log_probs) & (log_probs > _LOWEST_LOG_PROB)):
         raise EngineError("engine returned a log-prob that is not finite; are its weights finite?")
     return Generation(
         response_ids=response_ids,
-        rollout_log_probs=log_probs,
+        rollout_log_probs=array("f", log_probs.astype(np.float32).tobytes()),
         finish_reason=cast(FinishReason, reason["type"]),
         weight_version=int(meta["weight_version"]),
     )

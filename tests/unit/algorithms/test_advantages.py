@@ -150,3 +150,25 @@ def test_returns_that_vary_by_rounding_leave_nothing_to_explain() -> None:
     returns = (1 - values) + values + torch.tensor([[0.0, 6e-8, -6e-8, 0.0]])
     assert returns.std() > 0
     assert compute_explained_variance(values, returns, torch.ones(1, 4, dtype=torch.bool)).isnan()
+
+
+def test_gae_of_long_rows_in_many_blocks_equals_a_loop_over_tokens() -> None:
+    # 40 rows of 3000 tokens are two blocks, of 94 pieces each; half of the rows have gaps.
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = torch.randn(2, 40, 3000, generator=generator)
+    mask = torch.rand(40, 3000, generator=generator) < 0.8
+    starts = torch.randint(0, 2000, (20, 1), generator=generator)
+    mask[:20] = (torch.arange(3000) >= starts) & (torch.arange(3000) < starts + 900)
+    gamma, lam = 0.999, 0.97
+    advantages, returns = compute_gae(rewards, values, mask, gamma=gamma, lam=lam)
+    for b in range(40):
+        steps = mask[b].nonzero().flatten()
+        reward, value = rewards[b, steps].double(), values[b, steps].double()
+        expected, after, next_value = torch.zeros_like(value), 0.0, 0.0
+        for i in reversed(range(len(steps))):
+            after = reward[i] + gamma * next_value - value[i] + gamma * lam * after
+            expected[i], next_value = after, value[i]
+        # Deltas are made in float32: of numbers up to 5, summed over some 30 tokens.
+        torch.testing.assert_close(advantages[b, steps].double(), expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(returns[b, steps].double(), expected + value, rtol=0, atol=5e-6)
+        assert advantages[b, ~mask[b]].count_nonzero() == returns[b, ~mask[b]].count_nonzero() == 0

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
-from mrl.parallel.agreement import broadcast_result, gather_results
+from mrl.parallel.agreement import broadcast_result, gather_results, share_out
 
 
 class Unpicklable(Exception):
@@ -64,3 +64,30 @@ def test_one_process_needs_no_group():
     assert gather_results(lambda: 3) == [3]
     with pytest.raises(ValueError, match="plain"):
         gather_results(lambda: _raise(ValueError("plain")))
+
+
+@pytest.mark.parametrize("count", [0, 2, 7])
+def test_shares_are_joined_in_the_items_order_on_the_ranks_that_get_them(count):
+    items = list(range(10, 10 + count))
+
+    def main(env):
+        def work(share):
+            return [(env.rank, item) for item in share]
+
+        def fail(share):
+            return _raise(ValueError(f"rank {env.rank}")) if env.rank else work(share)
+
+        return [
+            share_out(work, items),
+            share_out(work, items, only_to=1),
+            _attempt(lambda: share_out(fail, items)),
+            _attempt(lambda: share_out(fail, items, only_to=2)),
+        ]
+
+    joined = [(place % 3, item) for place, item in enumerate(items)]
+    error = ("ValueError", "rank 1")
+    assert on_ranks(main) == [[joined, joined if rank == 1 else [], error, error] for rank in range(3)]
+
+
+def test_alone_a_process_computes_everything():
+    assert share_out(lambda share: [item + 1 for item in share], [1, 2, 3], only_to=0) == [2, 3, 4]

@@ -62,5 +62,4 @@ def test_responses_are_decoded_without_special_tokens():
             return ["".join(chr(96 + token) for token in ids if token != 2) for ids in sequences]
 
     samples = [sample([9], [1, 3, 2]), sample([9], [4])]
-    decode_responses(samples, Letters())
-    assert [each.response_text for each in samples] == ["ac", "d"]
+    assert decode_responses(samples, Letters()) == ["ac", "d"]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from array import array
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -39,8 +40,8 @@ PARAMS = SamplingParams(max_new_tokens=4)
 def answer(ids, version):
     """The reverse of the prompt and its sum."""
     return Generation(
-        response_ids=[*reversed(ids), sum(ids)],
-        rollout_log_probs=[-0.25, -0.5, -float(sum(ids))],
+        response_ids=array("i", [*reversed(ids), sum(ids)]),
+        rollout_log_probs=array("f", [-0.25, -0.5, -float(sum(ids))]),
         finish_reason="length",
         weight_version=version,
     )

@@ -1,3 +1,5 @@
+from array import array
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -7,8 +9,8 @@ from mrl.types import Generation
 LOG_PROBS = st.floats(min_value=-1e6, max_value=0, width=32)
 GENERATIONS = st.builds(
     lambda tokens, reason, version: Generation(
-        response_ids=[token for token, _ in tokens],
-        rollout_log_probs=[value for _, value in tokens],
+        response_ids=array("i", [token for token, _ in tokens]),
+        rollout_log_probs=array("f", [value for _, value in tokens]),
         finish_reason=reason,
         weight_version=version,
     ),

@@ -44,7 +44,9 @@ def test_the_summary_of_three_samples_by_hand():
 
 
 def test_a_step_is_one_file_with_a_line_per_sample(tmp_path):
-    SampleWriter(tmp_path / "train").write([sample(1.0, 2), sample(0.0, 1)], step=7)
+    writer = SampleWriter(tmp_path / "train")
+    writer.write([sample(1.0, 2), sample(0.0, 1)], step=7)
+    writer.close()
     rows = [json.loads(line) for line in (tmp_path / "train/7.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1.0, 0.0]
     assert rows[0]["messages"] == [{"role": "user", "content": "1 +"}]
@@ -55,3 +57,12 @@ def test_a_writer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SampleWriter(None).write([sample(1.0, 2)], step=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_cannot_be_written_end_the_next_step_with_the_system_s_reason(tmp_path):
+    (tmp_path / "train").write_text("not a folder")
+    writer = SampleWriter(tmp_path / "train")
+    writer.write([sample(1.0, 2)], step=1)
+    with pytest.raises(FileExistsError, match="train"):
+        writer.write([sample(1.0, 2)], step=2)
+    writer.close()

@@ -58,6 +58,7 @@ def validator(*, n=1, batch_size=None, sources=("a",), folder=None):
 def test_means_and_best_of_n_by_hand(tmp_path):
     _, validation = validator(n=2, folder=tmp_path)
     metrics = validation.run(step=5)
+    validation.sample_writer.close()
     # Prompts 0..3 score i and i + 0.5.
     assert metrics["val/reward_mean"] == 1.75
     assert metrics["val/reward_best_of_2"] == 2.0
