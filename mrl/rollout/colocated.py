@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,18 @@ class StreamingEngine(RolloutEngine, Protocol):
         ...
 
 
+class Follower(Protocol):
+    """An engine's processes on a host that is not its first; requests reach them by themselves."""
+
+    def restart(self) -> None:
+        """Replace them, while the engine's other parts do so, too."""
+        ...
+
+    def shutdown(self) -> None:
+        """Stop them; idempotent."""
+        ...
+
+
 @dataclass(kw_only=True, frozen=True)
 class _Death:
     """An engine died; `rank` led it."""
@@ -53,6 +65,7 @@ class ColocatedRollout:
 
     Args:
         engine: this rank's engine where the rank is a leader, None elsewhere.
+        follower: this rank's part of an engine that spans hosts, where it is the first on a host but not the leader.
         spec: the actor's model.
         source: what this rank exports of the actor's weights; its buffers never move.
         max_running_requests: most prompts one engine has in flight.
@@ -67,6 +80,7 @@ class ColocatedRollout:
         self,
         engine: StreamingEngine | None,
         *,
+        follower: Follower | None = None,
         spec: ModelSpec,
         source: SourceRank,
         max_running_requests: int = 256,
@@ -74,6 +88,7 @@ class ColocatedRollout:
         weight_version: int = 0,
     ) -> None:
         self._engine = engine
+        self._follower = follower
         initialized = dist.is_initialized()
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
         self._window = max_running_requests
@@ -151,9 +166,10 @@ class ColocatedRollout:
         self._on_leaders(lambda engine: engine.resume_memory(tags))
 
     def close(self) -> None:
-        """Stop this rank's engine. Needs no other rank, so it also serves where one has failed."""
-        if self._engine is not None:
-            self._engine.shutdown()
+        """Stop this rank's part of an engine. Needs no other rank, so it also serves where one has failed."""
+        part = self._engine or self._follower
+        if part is not None:
+            part.shutdown()
 
     def _generate_round(
         self, prompts: Mapping[int, Prompt], params: SamplingParams
@@ -216,11 +232,22 @@ class ColocatedRollout:
             logger.warning("%s\nrestarting it; %s", names, consequence)
         dead = {death.rank for death in deaths}
         begin = time.perf_counter()
-        self._on_leaders(lambda engine: engine.restart() if self._rank in dead else None)
+        gather_results(lambda: self._restart_part(dead))
         if self._rank == deaths[0].rank:
             logger.warning("restarted after %.1f s", time.perf_counter() - begin)
         # Another message: every engine plans, and joins those of other hosts, anew.
         self._control = {**self._control, "restarts": self._restarts}
+
+    def _restart_part(self, dead: Collection[int]) -> None:
+        """Restart this rank's engine, or its part of one, if the leader is among the dead."""
+        part = self._engine or self._follower
+        leader = max((leader for leader in self._leaders if leader <= self._rank), default=-1)
+        if part is None or leader not in dead:
+            return
+        try:
+            part.restart()
+        except EngineError as error:
+            raise EngineError(f"rollout engine of rank {leader}: {error}") from error
 
     def _respond(
         self, engine: StreamingEngine, queue: SharedQueue, prompts: Mapping[int, Prompt], params: SamplingParams

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
+from mrl.backends.sglang.follower import EngineFollower
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
 from mrl.observability.console import setup_logging
@@ -65,11 +66,11 @@ def build_trainer(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: Rank
     Called by all ranks.
     """
     with ExitStack() as stack:
-        sglang = start_rank(config, plan, env)
-        if sglang is not None:
-            stack.callback(sglang.shutdown)
+        part = start_rank(config, plan, env)
+        if part is not None:
+            stack.callback(part.shutdown)
         stack.callback(dist.destroy_process_group)
-        yield _Builder(config, plan, inputs, env, stack).build(sglang)
+        yield _Builder(config, plan, inputs, env, stack).build(part)
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ class _Builder:
         self._stack = stack
         self._total_steps = count_steps(config, inputs.prompts)
 
-    def build(self, sglang: SGLangEngine | None) -> PPOTrainer:
+    def build(self, part: SGLangEngine | EngineFollower | None) -> PPOTrainer:
         """The trainer, continued from its checkpoint if there is one."""
         config, plan, inputs = self._config, self._plan, self._inputs
         roles = self._roles()
-        rollout = self._rollout(sglang, roles.actor)
+        rollout = self._rollout(part, roles.actor)
         scorer = self._scorer()
         checkpointer = self._checkpointer(roles)
         phases = PhaseSwitch(
@@ -197,10 +198,11 @@ class _Builder:
             return None
         return ReferenceRole(engine=roles.reference, limit=limit)
 
-    def _rollout(self, sglang: SGLangEngine | None, actor: MegatronEngine) -> ColocatedRollout:
+    def _rollout(self, part: SGLangEngine | EngineFollower | None, actor: MegatronEngine) -> ColocatedRollout:
         config, plan = self._config, self._plan
         return ColocatedRollout(
-            sglang,
+            part if isinstance(part, SGLangEngine) else None,
+            follower=part if isinstance(part, EngineFollower) else None,
             spec=plan.actor.spec,
             source=actor.export_weights(),
             max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 
+from mrl.backends.sglang.arguments import engine_args
 from mrl.backends.sglang.engine import SGLangEngine
+from mrl.backends.sglang.follower import EngineFollower
+from mrl.backends.sglang.parts import EnginePart
 from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
@@ -17,20 +21,39 @@ from mrl.trainer.phases import ENGINE_TAGS
 from mrl.trainer.plan import RunPlan
 
 
-def start_rank(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> SGLangEngine | None:
-    """This rank's engine, if it leads one, and torch.distributed.
+def start_rank(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> SGLangEngine | EngineFollower | None:
+    """This rank's engine, or its part of one that another host leads, and torch.distributed.
 
     An engine forks its processes, so it comes first; the process group forms while they load.
     """
     join = partial(_init_process_group, config, plan, env)
-    leads = env.rank % plan.rollout_tp == 0 and env.rank // plan.rollout_tp < plan.num_engines
-    if leads:
-        engine = _start_engine(config, plan, env, during_start=join)
-        # The trainer is built in the memory that the engine will use later.
-        engine.release_memory(engine_tags(config, plan))
-        return engine
-    join()
-    return None
+    part = engine_part(plan, env)
+    if part is None:
+        join()
+        return None
+    if not part.leads:
+        return _start_follower(config, plan, env, part, during_start=join)
+    engine = _start_engine(config, plan, env, part, during_start=join)
+    # The trainer is built in the memory that the engine will use later.
+    engine.release_memory(engine_tags(config, plan))
+    return engine
+
+
+def engine_part(plan: RunPlan, env: RankEnvironment) -> EnginePart | None:
+    """What this rank starts: an engine lives on consecutive ranks, and the first of them on each host starts its part.
+
+    None for the ranks that start nothing.
+    """
+    index, place = divmod(env.rank, plan.rollout_tp)
+    if index >= plan.num_engines or place % min(plan.rollout_tp, env.local_world_size):
+        return None
+    return EnginePart(
+        name=f"engine/{index}",
+        store_host=env.master_addr,
+        store_port=env.master_port,
+        num_hosts=max(1, plan.rollout_tp // env.local_world_size),
+        host_index=place // env.local_world_size,
+    )
 
 
 def _init_process_group(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> None:
@@ -42,31 +65,49 @@ def _init_process_group(config: PPOConfig, plan: RunPlan, env: RankEnvironment) 
 
 
 def _start_engine(
-    config: PPOConfig, plan: RunPlan, env: RankEnvironment, *, during_start: Callable[[], None]
+    config: PPOConfig, plan: RunPlan, env: RankEnvironment, part: EnginePart, *, during_start: Callable[[], None]
 ) -> SGLangEngine:
-    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
-    context_length = config.data.max_prompt_length + config.data.max_response_length
-    on_gpu = plan.device == "cuda"
-    arguments = {"base_gpu_id": env.local_rank, "disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
+    trainer = config.trainer
     return SGLangEngine.start(
         plan.actor.model_path,
-        tp_size=plan.rollout_tp,
-        dtype=rollout.dtype,
-        device=plan.device,
-        context_length=context_length,
-        max_running_requests=rollout.max_num_seqs,
-        max_total_tokens=None if on_gpu else rollout.max_num_seqs * (context_length + 1),
-        mem_fraction_static=rollout.gpu_memory_utilization if on_gpu else None,
-        seed=trainer.seed + env.rank,
+        **_engine_arguments(config, plan, env),
+        part=part,
         start_timeout_s=trainer.engine_start_timeout_s,
         call_timeout_s=trainer.engine_call_timeout_s,
         during_start=during_start,
-        engine_kwargs={
+    )
+
+
+def _start_follower(
+    config: PPOConfig, plan: RunPlan, env: RankEnvironment, part: EnginePart, *, during_start: Callable[[], None]
+) -> EngineFollower:
+    arguments = engine_args(plan.actor.model_path, **_engine_arguments(config, plan, env), part=part)
+    timeout_s = config.trainer.engine_start_timeout_s
+    return EngineFollower.start(arguments, part=part, start_timeout_s=timeout_s, during_start=during_start)
+
+
+def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> dict[str, Any]:
+    """The same on each host of an engine, but for the first GPU."""
+    rollout = config.actor_rollout_ref.rollout
+    context_length = config.data.max_prompt_length + config.data.max_response_length
+    on_gpu = plan.device == "cuda"
+    first_rank = env.rank - env.rank % plan.rollout_tp
+    arguments = {"base_gpu_id": env.local_rank, "disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
+    return {
+        "tp_size": plan.rollout_tp,
+        "dtype": rollout.dtype,
+        "device": plan.device,
+        "context_length": context_length,
+        "max_running_requests": rollout.max_num_seqs,
+        "max_total_tokens": None if on_gpu else rollout.max_num_seqs * (context_length + 1),
+        "mem_fraction_static": rollout.gpu_memory_utilization if on_gpu else None,
+        "seed": config.trainer.seed + first_rank,
+        "engine_kwargs": {
             "chunked_prefill_size": rollout.max_num_batched_tokens,
             **arguments,
             **thaw(rollout.engine_kwargs.sglang),
         },
-    )
+    }
 
 
 def engine_tags(config: PPOConfig, plan: RunPlan) -> tuple[str, ...]:

@@ -314,6 +314,12 @@ def _count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
             f"{key} = {tp} does not divide the actor's {actor.num_key_value_heads} KV heads; SGLang replicates KV "
             "heads on GPUs only, so choose a divisor on CPU"
         )
+    per_host = config.trainer.n_gpus_per_node
+    if tp % per_host and per_host % tp:
+        raise ValueError(
+            f"{key} = {tp} and trainer.n_gpus_per_node = {per_host}: neither divides the other, and an engine takes "
+            "whole hosts or a part of one; choose a divisor or a multiple"
+        )
     most = world_size // tp
     num_engines = rollout.num_engines or most
     if num_engines > most:

@@ -71,8 +71,9 @@ class TrainedEngine:
 
     def __init__(self, folder: Path, *, tp_size: int, updated: bool = True, **kwargs: Any) -> None:
         self.spec = load_spec(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # Before the model, whose loading may leave a thread behind.
         self.engine = start(folder, tp_size=tp_size, **kwargs)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.trainer = export_trainer(self.spec, self.model)
         self.control = control_of(self.spec, self.trainer)
         self.version = 0

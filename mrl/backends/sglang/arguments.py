@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mrl.backends.sglang import weight_loader
+from mrl.backends.sglang.parts import EnginePart
 
 UNUSABLE_TOKENS = 2
 """Of its context length SGLang gives no request the last two tokens; it cuts responses short without a word."""
@@ -20,6 +21,47 @@ def max_request_tokens(scheduler_info: Mapping[str, Any]) -> int:
     """Most tokens of a prompt and its full response, from what a scheduler reports once its cache is allocated."""
     # The reported limit is for prompts alone: 5 tokens below the longest request, whose last one is never generated.
     return int(scheduler_info["max_req_input_len"]) + 5 - 1
+
+
+def engine_args(
+    model_path: str | Path,
+    *,
+    tp_size: int,
+    dtype: str,
+    device: str,
+    context_length: int,
+    max_running_requests: int = 256,
+    max_total_tokens: int | None = None,
+    mem_fraction_static: float | None = None,
+    seed: int = 0,
+    part: EnginePart | None = None,
+    engine_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of SGLang's `Engine` for a rollout engine, the same on each of its hosts but for `part`.
+
+    Raises:
+        ValueError: arguments SGLang would accept and then go wrong with.
+    """
+    check_start(
+        Path(model_path),
+        tp_size=tp_size,
+        device=device,
+        context_length=context_length,
+        max_total_tokens=max_total_tokens,
+    )
+    return server_args(
+        device,
+        model_path=str(model_path),
+        tp_size=tp_size,
+        dtype=dtype,
+        context_length=context_length + UNUSABLE_TOKENS,
+        max_running_requests=max_running_requests,
+        max_total_tokens=max_total_tokens,
+        random_seed=seed,
+        **({} if mem_fraction_static is None else {"mem_fraction_static": mem_fraction_static}),
+        **({} if part is None else part.server_args()),
+        **(engine_kwargs or {}),
+    )
 
 
 def server_args(device: str, **values: Any) -> dict[str, Any]:

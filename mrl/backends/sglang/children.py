@@ -7,16 +7,16 @@ import signal
 import sys
 from typing import Any
 
+from mrl.backends.sglang.parts import register_rendezvous
+
 LOG_VARIABLE = "MRL_ENGINE_LOG"
 """Environment variable with the file that takes a child's stdout and stderr."""
-
-_LAUNCHER_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE",)
-"""With torchrun's agent store, torch's tcp:// rendezvous would wait for a server nobody starts."""
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler of one tensor-parallel rank."""
     _detach()
+    register_rendezvous()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(*args, **kwargs)
@@ -31,8 +31,8 @@ def run_detokenizer(*args: Any, **kwargs: Any) -> None:
 
 
 def _detach() -> None:
-    for name in _LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
+    # With torchrun's agent store, SGLang's own rendezvous would wait for a server nobody starts.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     # Ctrl-C reaches the whole foreground group; the trainer decides when its engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGQUIT):

@@ -24,12 +24,11 @@ from sglang.srt.utils import MultiprocessingSerializer
 
 from mrl.backends.sglang import weight_loader
 from mrl.backends.sglang.arguments import (
-    UNUSABLE_TOKENS,
-    check_start,
     child_environment,
+    engine_args,
     max_request_tokens,
-    server_args,
 )
+from mrl.backends.sglang.parts import EnginePart
 from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
 from mrl.backends.sglang.supervisor import EngineSupervisor
 from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
@@ -86,6 +85,7 @@ class SGLangEngine:
         call_timeout_s: float = 1800.0,
         log_path: Path | None = None,
         during_start: Callable[[], None] | None = None,
+        part: EnginePart | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> SGLangEngine:
         """Start an engine of `tp_size` processes with dummy weights; they come by `update_weights`.
@@ -100,34 +100,30 @@ class SGLangEngine:
             max_total_tokens: KV cache slots; None lets SGLang fill `mem_fraction_static` of the memory (CUDA only).
             log_path: takes the children's output; None keeps it in a temporary file for error messages.
             during_start: runs in this process while the children load.
+            part: the engine's first, where it spans hosts; names the job's store, over which its processes meet.
             engine_kwargs: further arguments of SGLang's `Engine`, which win over the ones made here.
 
         Raises:
             ValueError: arguments SGLang would accept and then go wrong with.
             EngineError: the engine did not start; the message carries its children's last error lines.
         """
-        check_start(
-            Path(model_path),
-            tp_size=tp_size,
-            device=device,
-            context_length=context_length,
-            max_total_tokens=max_total_tokens,
-        )
-        args = server_args(
-            device,
-            model_path=str(model_path),
+        args = engine_args(
+            model_path,
             tp_size=tp_size,
             dtype=dtype,
-            context_length=context_length + UNUSABLE_TOKENS,
+            device=device,
+            context_length=context_length,
             max_running_requests=max_running_requests,
             max_total_tokens=max_total_tokens,
-            random_seed=seed,
-            **({} if mem_fraction_static is None else {"mem_fraction_static": mem_fraction_static}),
-            **(engine_kwargs or {}),
+            mem_fraction_static=mem_fraction_static,
+            seed=seed,
+            part=part,
+            engine_kwargs=engine_kwargs,
         )
         supervisor = EngineSupervisor(
             args,
             forks=device == "cpu",
+            part=part,
             environment=child_environment(device, tp_size),
             start_timeout_s=start_timeout_s,
             call_timeout_s=call_timeout_s,

@@ -26,12 +26,14 @@ from sglang.srt.managers.load_snapshot import shm_path_for
 
 from mrl.backends.sglang import children
 from mrl.backends.sglang.nursery import Nursery, NurseryProcess
+from mrl.backends.sglang.parts import FailureBoard
 from mrl.interfaces import EngineError
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 25
 _LINE_WIDTH = 300
 _KILL_WAIT_S = 30.0
+_POLL_S = 0.2
 _SHM = Path("/dev/shm")
 """Where tensor-parallel schedulers keep the queues they broadcast requests through, named by their process."""
 
@@ -42,8 +44,11 @@ ChildProcess = NurseryProcess | SpawnProcess
 class ChildProcesses:
     """The processes of one engine. Also stands in for the `multiprocessing` module while SGLang starts them."""
 
-    def __init__(self, context: Nursery | SpawnContext, log_path: Path | None) -> None:
+    def __init__(
+        self, context: Nursery | SpawnContext, log_path: Path | None, board: FailureBoard | None = None
+    ) -> None:
         self._context = context
+        self._board = board
         self.log_path = log_path or _temporary_log()
         self._log = self.log_path.open("ab+")
         self._seen = self._log.seek(0, os.SEEK_END)
@@ -66,9 +71,10 @@ class ChildProcesses:
         """Keep the trainer's own start method; the context given here decides."""
 
     def dead(self) -> list[str]:
-        """Descriptions of the processes that have ended."""
+        """Descriptions of the processes that have ended, and of failures on the engine's other hosts."""
         ended = [process for process in self.processes if process.pid is not None and not process.is_alive()]
-        return [f"pid {process.pid}, exit code {process.exitcode}" for process in ended]
+        elsewhere = self._board.read() if self._board else []
+        return [*(f"pid {process.pid}, exit code {process.exitcode}" for process in ended), *elsewhere]
 
     def wait_ready(self, timeout_s: float) -> list[dict[str, Any]]:
         """What each scheduler reports once its model stands, in rank order.
@@ -83,7 +89,8 @@ class ChildProcesses:
             if remaining <= 0:
                 raise EngineError(self.explain(f"engine was not ready within {timeout_s:.0f} s"))
             waiting = {reader: rank for rank, reader in enumerate(self.readers) if rank not in reports}
-            ready = wait([*waiting, *(process.sentinel for process in self.processes)], remaining)
+            sentinels = [process.sentinel for process in self.processes]
+            ready = wait([*waiting, *sentinels], min(remaining, _POLL_S) if self._board else remaining)
             for reader in waiting.keys() & set(ready):
                 try:
                     reports[waiting[reader]] = reader.recv()
@@ -101,7 +108,10 @@ class ChildProcesses:
         """`what`, followed by what the children wrote about it."""
         self._log.seek(max(self._seen, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
         cause = cause_of(self._log.read().decode(errors="replace"))
-        return f"{what}; its processes wrote:\n{cause}" if cause else f"{what}; its processes wrote nothing"
+        written = f"{what}; its processes wrote:\n{cause}" if cause else f"{what}; its processes wrote nothing"
+        # What ended here may be no more than the echo of what ended there.
+        elsewhere = [text for text in self._board.read_soon() if text not in what] if self._board else []
+        return "\n".join([written, *elsewhere])
 
     def unlink_files(self) -> None:
         """Remove the engine's names from the file system, so that however this process ends, nothing is left."""
@@ -151,18 +161,20 @@ def start_engine(
     timeout_s: float,
     log_path: Path | None,
     during_start: Callable[[], None] | None,
+    board: FailureBoard | None = None,
 ) -> StartedEngine:
-    """Start SGLang's processes and wait until the model stands.
+    """Start SGLang's processes on this host and wait until the model stands.
 
     Args:
         context: what starts its processes.
         environment: variables for the engine's processes only.
         during_start: runs in this process while the children load; the time it takes does not count.
+        board: of an engine that spans hosts.
 
     Raises:
-        EngineError: the engine could not start; nothing is left behind.
+        EngineError: the engine could not start, here or on another of its hosts; nothing is left behind.
     """
-    processes = ChildProcesses(context, log_path)
+    processes = ChildProcesses(context, log_path, board)
     previous_quit = signal.getsignal(signal.SIGQUIT)
     try:
         with _trainer_environment({**environment, children.LOG_VARIABLE: str(processes.log_path)}) as restore:
@@ -170,12 +182,15 @@ def start_engine(
     except BaseException as error:
         processes.stop()
         signal.signal(signal.SIGQUIT, previous_quit)
+        if board is not None:
+            board.post(f"engine failed to start: {type(error).__name__}: {error}")
         if isinstance(error, _DuringStartError):
             raise error.error from None
         if isinstance(error, Exception) and not isinstance(error, EngineError):
             raise EngineError(f"engine failed to start: {type(error).__name__}: {error}") from error
         raise
-    engine.tokenizer_manager._subprocess_watchdog.stop()
+    if engine.tokenizer_manager is not None:
+        engine.tokenizer_manager._subprocess_watchdog.stop()
     return StartedEngine(engine, processes, engine._scheduler_init_result.scheduler_infos[0], previous_quit)
 
 
@@ -196,14 +211,16 @@ def _construct(
 ) -> Engine:
     managers: list[Any] = []
 
-    def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
-        processes.files += files_of(ports)
+    def prepare() -> None:
         restore_environment()
         if during_start is not None:
             try:
                 during_start()
             except Exception as error:
                 raise _DuringStartError(error) from error
+
+    def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
+        prepare()
         manager, templates = init_tokenizer_manager(args, ports, *rest)
         managers.append(manager)
         return manager, templates
@@ -214,11 +231,19 @@ def _construct(
         run_detokenizer_process_func = staticmethod(children.run_detokenizer)
 
         @classmethod
-        def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+        def _launch_scheduler_processes(cls, args: Any, ports: Any, *rest: Any, **kwargs: Any) -> Any:
+            processes.files += files_of(ports)
             # SGLang's handler, just installed, kills this process when a child reports a failure by SIGQUIT.
             signal.signal(signal.SIGQUIT, note_child_failure)
-            result, started = super()._launch_scheduler_processes(*args, **kwargs)
-            result.wait_for_ready = lambda: result.scheduler_infos.extend(processes.wait_ready(timeout_s))
+            result, started = super()._launch_scheduler_processes(args, ports, *rest, **kwargs)
+
+            def wait_for_ready() -> None:
+                if args.node_rank > 0:
+                    # The engine's other hosts start no tokenizer manager.
+                    prepare()
+                result.scheduler_infos.extend(processes.wait_ready(timeout_s))
+
+            result.wait_for_ready = wait_for_ready
             return result, started
 
         def shutdown(self) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from mrl.backends.sglang.arguments import child_environment, server_args
 from mrl.backends.sglang.preload import preload_sglang
+from mrl.launch.addresses import join_host_port
 from mrl.observability.console import setup_logging
 
 # Not by __name__, which is "__main__" under python -m: SGLang raises the level of all loggers but the package's.
@@ -78,7 +79,8 @@ def _serve(flags: list[str]) -> None:
         # Every process has opened them; without their names nothing is left, however the server ends.
         for path in (path for ports in made for path in files_of(ports)):
             path.unlink(missing_ok=True)
-        logger.info("judge %s answers at http://%s:%s/v1", parsed.model_path, parsed.host, parsed.port)
+        place = join_host_port(parsed.host, parsed.port)
+        logger.info("judge %s answers at http://%s/v1", parsed.model_path, place)
 
     try:
         launch_server(parsed, launch_callback=announce)

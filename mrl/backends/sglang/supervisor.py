@@ -7,13 +7,15 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.managers.io_struct import FreezeGCReq, GenerateReqInput
 
-from mrl.backends.sglang.launch import StartedEngine, close_sockets, start_engine
+from mrl.backends.sglang.launch import ChildProcesses, StartedEngine, close_sockets, start_engine
 from mrl.backends.sglang.nursery import Nursery
+from mrl.backends.sglang.parts import EnginePart, FailureBoard
 from mrl.backends.sglang.requests import sampling_dict
 from mrl.interfaces import EngineDiedError, EngineError
 from mrl.types import SamplingParams
@@ -29,6 +31,7 @@ class EngineSupervisor:
 
     Args:
         server_args: of SGLang's `Engine`.
+        part: which of the engine's hosts this is; None is an engine that needs no job around it.
         environment: variables for the engine's processes only.
         log_path: takes their output; None keeps it in a temporary file for error messages.
     """
@@ -38,17 +41,23 @@ class EngineSupervisor:
         server_args: Mapping[str, Any],
         *,
         forks: bool,
+        part: EnginePart | None,
         environment: Mapping[str, str],
         start_timeout_s: float,
         call_timeout_s: float,
         log_path: Path | None,
     ) -> None:
         self._server_args = server_args
+        self._part = part
+        self._starts = 0
         self._environment = environment
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
         self._log_path = log_path
         self._nursery = Nursery() if forks else None
+        timeout = timedelta(seconds=start_timeout_s)
+        self.board = FailureBoard(part, timeout=timeout) if part and part.num_hosts > 1 else None
+        """Where the parts of an engine that spans hosts report; None for others."""
         self._started: StartedEngine | None = None
         self._failure: str | None = None
 
@@ -67,6 +76,15 @@ class EngineSupervisor:
         started = self._started
         return started is None or self._failure is not None or bool(started.children.dead())
 
+    @property
+    def children(self) -> ChildProcesses:
+        """The processes that run now.
+
+        Raises:
+            EngineDiedError: the engine is dead.
+        """
+        return self._alive().children
+
     def start(self, during_start: Callable[[], None] | None = None) -> dict[str, Any]:
         """Start the engine's processes; returns what a scheduler reports of itself.
 
@@ -77,22 +95,22 @@ class EngineSupervisor:
             EngineError: the engine did not start; the message carries its processes' last error lines.
         """
         deadline = time.monotonic() + self._start_timeout_s
+        part, board = self._part, self.board
+        if board is not None:
+            board.start = self._starts
         self._started = started = start_engine(
             self._server_args,
             context=self._nursery or multiprocessing.get_context("spawn"),
-            environment=self._environment,
+            environment={**self._environment, **(part.environment(start=self._starts) if part else {})},
             timeout_s=self._start_timeout_s,
             log_path=self._log_path,
             during_start=during_start,
+            board=board,
         )
         self._failure = None
-        # SGLang takes these in its first call.
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
-        try:
-            self.call(self._warm_up(handlers), "warm-up", deadline - time.monotonic())
-        except BaseException:
-            self.stop()
-            raise
+        self._starts += 1
+        if part is None or part.leads:
+            self._first_call(deadline)
         started.children.unlink_files()
         return started.scheduler_info
 
@@ -125,6 +143,15 @@ class EngineSupervisor:
         self.stop()
         if self._nursery is not None:
             self._nursery.close()
+
+    def _first_call(self, deadline: float) -> None:
+        # SGLang takes these in its first call.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
+        try:
+            self.call(self._warm_up(handlers), "warm-up", deadline - time.monotonic())
+        except BaseException:
+            self.stop()
+            raise
 
     def _alive(self) -> StartedEngine:
         started = self._started
@@ -176,8 +203,9 @@ def _close_loop(engine: Any) -> None:
     for task in tasks:
         task.cancel()
     loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    for socket in (engine.tokenizer_manager.recv_from_detokenizer, engine.send_to_rpc):
-        close_sockets(socket)
-    engine.send_to_rpc = None
+    if engine.tokenizer_manager is not None:
+        for socket in (engine.tokenizer_manager.recv_from_detokenizer, engine.send_to_rpc):
+            close_sockets(socket)
+        engine.send_to_rpc = None
     loop.close()
     asyncio.set_event_loop(None)

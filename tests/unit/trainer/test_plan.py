@@ -109,6 +109,10 @@ def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_
         (["critic.megatron.pipeline_model_parallel_size=4"], "critic.megatron: .*4"),
         (["actor_rollout_ref.rollout.num_engines=5"], "need 10 ranks"),
         (["actor_rollout_ref.rollout.tensor_model_parallel_size=8"], "4 KV heads"),
+        (
+            ["trainer.nnodes=4", "trainer.n_gpus_per_node=6", "actor_rollout_ref.rollout.tensor_model_parallel_size=4"],
+            "takes whole hosts or a part of one",
+        ),
         (["data.max_prompt_length=1000"], "max_position_embeddings = 256"),
         ([f"{ACTOR}.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is null"),
         (["critic.ppo_micro_batch_size_per_gpu=3"], "does not divide a mini-batch of 32"),
