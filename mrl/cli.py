@@ -13,6 +13,7 @@ _COMMANDS = {
     "convert": ("mrl.convert.command", "convert, reshard, compare and verify checkpoints; no GPU"),
     "plan": ("mrl.trainer.show_plan", "show layouts, sizes and memory of a run, without the GPUs it is for"),
     "serve-judge": ("mrl.backends.sglang.server", "serve a model that judges responses, for reward.judge.url"),
+    "doctor": ("mrl.doctor", "show what this machine offers a run, and what it lacks"),
     "report": ("mrl.observability.report", "summarize a run's folder"),
     "reshard-check": ("mrl.reshard.check", "compare a reshard bitwise with SGLang's own loaders, without a GPU"),
 }

@@ -1,0 +1,137 @@
+"""`mrl doctor`: what this machine offers a run, and what it lacks. Imports neither Megatron nor SGLang."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from rich.markup import escape
+
+from mrl.observability.console import show_table
+
+_FEW_FILES = 4096
+_LITTLE_SHARED_MEMORY = 1 << 30
+_EXTRAS = {
+    "ray": "trainer.launcher=ray cannot be used",
+    "gpu": "Megatron's local layers are used: no fused norm and linear, no flash attention, no fused Adam",
+}
+"""What is lost without an optional group of requirements."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    found: str
+    remedy: str = ""
+    """What to do about it; empty where all is well."""
+    is_error: bool = False
+    """A run fails, or computes something else than it should."""
+
+
+def examine() -> list[Finding]:
+    """Everything worth knowing before a run."""
+    gpus = _find_gpus()
+    return [
+        Finding("Python", platform.python_version()),
+        *check_requirements(requires("mrl") or (), has_gpu=bool(gpus)),
+        check_apex(),
+        *(gpus or [Finding("GPU", "none: runs use the CPU")]),
+        *([_check_compiler()] if gpus else []),
+        Finding("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {os.cpu_count()} cores"),
+        *check_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0], shutil.disk_usage("/dev/shm").total),
+    ]
+
+
+def check_requirements(requirements: Iterable[str], *, has_gpu: bool) -> list[Finding]:
+    """Each pinned requirement against what is installed; optional ones may be absent."""
+    findings = []
+    for requirement in map(Requirement, requirements):
+        extra = next((name for name in _EXTRAS if requirement.marker and name in str(requirement.marker)), None)
+        if not any(each.operator == "==" for each in requirement.specifier) or (requirement.marker and not extra):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wanted = extra != "gpu" or has_gpu
+            remedy = _EXTRAS[extra] + f"; pip install 'mrl[{extra}]'" if extra else f"pip install {requirement}"
+            findings.append(Finding(requirement.name, "absent", remedy if wanted else "", is_error=extra is None))
+            continue
+        fits = requirement.specifier.contains(found, prereleases=True)
+        findings.append(Finding(requirement.name, found, "" if fits else f"needs {requirement.specifier}", not fits))
+    return findings
+
+
+def check_apex() -> Finding:
+    """NVIDIA's apex, which Megatron uses where it is, or the unrelated web toolkit that PyPI has under this name."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Finding("apex", "absent: not needed")
+    folder = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or ["."])))
+    if (folder / "optimizers").is_dir():
+        return Finding("apex", f"NVIDIA's, {folder}")
+    return Finding("apex", f"not NVIDIA's, {folder}", "pip uninstall apex: PyPI's is an unrelated web toolkit", True)
+
+
+def check_limits(open_files: int, shared_memory: int) -> list[Finding]:
+    """Limits of this process that large jobs run into.
+
+    Args:
+        open_files: soft limit; `resource.RLIM_INFINITY` is none.
+        shared_memory: bytes of /dev/shm.
+    """
+    few = open_files != resource.RLIM_INFINITY and open_files < _FEW_FILES
+    small = shared_memory < _LITTLE_SHARED_MEMORY
+    return [
+        Finding("open files", str(open_files), f"ulimit -n {_FEW_FILES} or more" if few else ""),
+        Finding(
+            "/dev/shm",
+            f"{shared_memory / 2**30:.1f} GiB",
+            "NCCL and engines keep buffers there; give the container --shm-size=16g" if small else "",
+        ),
+    ]
+
+
+def _find_gpus() -> list[Finding]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [
+        Finding(
+            f"GPU {index}",
+            f"{pynvml.nvmlDeviceGetName(handle)}, {pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30:.0f} GiB, "
+            f"driver {driver}",
+        )
+        for index, handle in enumerate(handles)
+    ]
+
+
+def _check_compiler() -> Finding:
+    nvcc = shutil.which("nvcc")
+    lost = "without a compiled extension the reshard runs on slower torch copies; install the CUDA toolkit"
+    return Finding("nvcc", nvcc or "absent", "" if nvcc else lost)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show the report; the exit status is 1 where a run would fail."""
+    argparse.ArgumentParser(prog="mrl doctor", description=__doc__).parse_args(arguments)
+    findings = examine()
+    rows = [(each.name, each.found + (f"\n-> {each.remedy}" if each.remedy else "")) for each in findings]
+    show_table("This machine", [(name, escape(text)) for name, text in rows])
+    return int(any(each.is_error for each in findings))
