@@ -1,0 +1,71 @@
+"""The training command over several hosts, started by torchrun with one task per host."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from namespaces import HostProcess, Hosts
+
+pytestmark = pytest.mark.e2e
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+SMALL = [
+    "--config-name=demo",
+    "trainer.total_training_steps=2",
+    "trainer.val_before_train=False",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=2",
+    "data.train_batch_size=8",
+    f"{ACTOR}.ppo_mini_batch_size=8",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+    "critic.ppo_micro_batch_size_per_gpu=4",
+    "trainer.logger=[console,file]",
+]
+
+
+def job(hosts: int, ranks_per_host: int, run: Path, *more: str) -> list[str]:
+    shape = [f"trainer.nnodes={hosts}", f"trainer.n_gpus_per_node={ranks_per_host}"]
+    return [*SMALL, *shape, f"trainer.default_local_dir={run}", *more]
+
+
+def test_torchrun_with_one_task_per_host_trains(make_hosts, tmp_path):
+    hosts = make_hosts(2)
+    # One rank of each host starts its part of the engine, which takes weights from its own host only.
+    arguments = job(
+        2,
+        2,
+        tmp_path / "run",
+        f"{ACTOR}.megatron.pipeline_model_parallel_size=1",
+        f"{ROLLOUT}.tensor_model_parallel_size=4",
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=host0:29400", "--rdzv-id=job"]
+    command = [*torchrun, *meeting, "-m", "mrl.trainer.main_ppo", *arguments]
+    environ = {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    processes = [hosts.run(host, command, tmp_path / f"log{host}", **environ) for host in range(2)]
+    finish(processes)
+    check_run(hosts, processes, tmp_path / "run")
+
+
+def finish(processes: list[HostProcess]) -> None:
+    statuses = [process.wait(280) for process in processes]
+    assert statuses == [0] * len(processes), "\n".join(process.output() for process in processes)
+
+
+def check_run(hosts: Hosts, processes: list[HostProcess], run: Path) -> None:
+    """Two steps with current weights; only host 0 speaks; no host keeps shared memory or a process."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["step"] > 0]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(row["parity/log_prob_abs_diff_mean"] < 1e-4 for row in steps)
+    assert [row["rollout/weight_version"] for row in steps] == [1.0, 2.0]
+    assert (run / "checkpoints").is_dir()
+    assert "Result" in processes[0].output()
+    assert not any("step 1/2" in process.output() for process in processes[1:])
+    for host in range(len(processes)):
+        assert hosts.shared_memory(host) == set()
+        assert hosts.processes(host) == []
