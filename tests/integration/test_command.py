@@ -132,6 +132,7 @@ def test_bad_input_fails_before_any_rank_starts_and_writes_nothing(tmp_path, emb
 
 REWARDS = {
     "raises": ("raise KeyError('no such answer')", "no such answer"),
+    "returns nan": ("return float('nan')", "nan"),
     "hangs": ("import time; time.sleep(60)", "took longer than its time limit of 2 s"),
 }
 

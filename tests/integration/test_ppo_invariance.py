@@ -1,4 +1,4 @@
-"""Two whole PPO steps in every layout against a single-process PPO written with transformers.
+"""Three whole PPO steps in every layout against a single-process PPO written with transformers.
 
 The samples are recorded ones, so that all runs see the same; everything after the rollout is the trainer's own loop
 over real engines: log-probs, reference, values, KL in reward and in the loss, GAE, whitening, mini-batches, updates.
@@ -39,11 +39,11 @@ from mrl.trainer.updates import UpdateSchedule
 from mrl.trainer.validation import Validator
 from mrl.types import Generation, MicroBatchLimit, Prompt, Sample, SamplingParams
 
-VOCAB, NUM_PROMPTS, STEPS, EPOCHS, MINI = 250, 12, 2, 2, 6
+VOCAB, NUM_PROMPTS, STEPS, EPOCHS, MINI = 250, 12, 3, 1, 6
 GAMMA, LAM, KL_COEF, TARGET_KL, HORIZON = 0.99, 0.95, 0.1, 0.05, 40
 CLIP_LOW, CLIP_HIGH, CLIP_C, CLIP_VALUE = 0.1, 0.15, 1.5, 0.2
 ENTROPY_COEFF, KL_LOSS_COEF = 0.01, 0.05
-ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-4, 2e-3, 1e-3, 0.1, 0.5
+ACTOR_LR, CRITIC_LR, EPS, DECAY, CLIP_GRAD = 1e-3, 2e-3, 1e-3, 0.1, 0.5
 
 # About the model's mean, so that ratios of tokens and of sequences lie on both sides of 1.
 ROLLOUT_LOG_PROB = -6.6
@@ -53,6 +53,7 @@ NO_CORRECTION = CorrectionStage()
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "tp2 pp2 dp2, critic tp1 pp2 dp4": ({"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2}, False),
     "tp4 pp1 dp2, critic tp2 pp2 dp2": ({"tp": 4}, {"tp": 2, "pp": 2}, False),
+    "packed: pp4 vpp2 dp2, critic tp4 dp2": ({"pp": 4, "vpp": 2}, {"tp": 4, "sequence_parallel": True}, True),
     "packed: pp2 vpp2 cp2 dp2, critic tp2 cp4": (
         {"pp": 2, "vpp": 2, "cp": 2},
         {"tp": 2, "cp": 4, "sequence_parallel": True},
@@ -60,7 +61,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     ),
 }
 
-# Losses and norms are of size 0.1 to 2; 8 updates of fp32 rounding through 4 layers and Adam.
+# Losses and norms are of size 0.1 to 2; 6 updates of fp32 rounding through 8 layers and Adam.
 METRIC_TOLERANCE = 5e-5
 # A weight moves by about 2e-2 in these steps.
 WEIGHT_TOLERANCE = 5e-5
@@ -328,7 +329,7 @@ def value_head(folders: dict[str, str]) -> torch.nn.Linear:
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo_models")
     return {
-        "actor": save_tiny_model(folder / "actor", "qwen2", vocab_size=VOCAB, kv_heads=4),
+        "actor": save_tiny_model(folder / "actor", "qwen2", vocab_size=VOCAB, kv_heads=4, layers=8),
         "critic": save_tiny_model(folder / "critic", "llama", vocab_size=VOCAB, kv_heads=8, hidden_size=64),
     }
 
@@ -394,7 +395,7 @@ def test_bypass_mode_leaves_out_the_pass_for_old_log_probs_and_corrects_in_the_u
         assert not any(key.startswith("parity/") for key in metrics)
         assert 0 < metrics["actor/rollout_rs_masked_fraction"] < 1
     # Before the first step actor and reference are equal: this is the KL of the engine's recorded log-probs.
-    assert abs(log[0]["actor/ref_kl"]) > 0.07
+    assert log[0]["actor/ref_kl"] > 0.07
 
 
 def test_the_critic_has_epochs_of_its_own_and_a_head_start(folders):
@@ -402,4 +403,4 @@ def test_the_critic_has_epochs_of_its_own_and_a_head_start(folders):
     ppo = Solo(folders, value_head(folders))
     log = [ppo.step(record(step), critic_epochs=3, with_actor=step >= 1) for step in range(STEPS)]
     check(result, (log, {name: tensor.detach() for name, tensor in ppo.actor.model.state_dict().items()}))
-    assert [any(key.startswith("actor/loss") for key in metrics) for metrics in result[0]] == [False, True]
+    assert [any(key.startswith("actor/loss") for key in metrics) for metrics in result[0]] == [False, True, True]
