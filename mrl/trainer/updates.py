@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +45,10 @@ class Objective(Protocol):
 def update_role(
     engine: TrainEngine, objective: Objective, batch: TrainBatch, schedule: UpdateSchedule, *, step: int
 ) -> Metrics:
-    """Make every optimizer step of a role on this batch; returns each metric's mean over them, by its bare name."""
+    """Make every optimizer step of a role on this batch; returns its metrics by their bare names.
+
+    Each is the mean over the steps, but of *_max the largest and of *_min the smallest.
+    """
     rounds = [
         engine.update(
             part,
@@ -55,7 +58,13 @@ def update_role(
         )
         for part in iterate_mini_batches(batch, schedule, step=step)
     ]
-    return {key.rsplit("/", 1)[-1]: sum(metrics[key] for metrics in rounds) / len(rounds) for key in rounds[0]}
+    return {key.rsplit("/", 1)[-1]: _merge(key, [metrics[key] for metrics in rounds]) for key in rounds[0]}
+
+
+def _merge(name: str, values: Sequence[float]) -> float:
+    if name.endswith("_max"):
+        return max(values)
+    return min(values) if name.endswith("_min") else sum(values) / len(values)
 
 
 def iterate_mini_batches(batch: TrainBatch, schedule: UpdateSchedule, *, step: int) -> Iterator[TrainBatch]:
