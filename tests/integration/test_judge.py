@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from judge_server import served_judge
 
+from mrl.backends.sglang.server import find_token
 from mrl.data.embedded import materialise
 from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat
 from mrl.rewards.messages import Outcome
@@ -21,21 +22,43 @@ def make_sample(question: str, response: str) -> Sample:
     return Sample(prompt=prompt, generation=generation, response_text=response)
 
 
-def test_a_model_that_sglang_serves_judges_samples(tmp_path):
+def test_a_model_that_sglang_serves_judges_samples(tmp_path, monkeypatch):
     model = materialise(tmp_path).actor_model
     samples = [make_sample("345", "6789"), make_sample("5", "6")]
 
-    def judge(url: str, regex: str) -> list[Outcome]:
+    monkeypatch.setenv("JUDGE_TOKEN", "open sesame")
+
+    def judge(url: str, regex: str, api_key_env: str | None = "JUDGE_TOKEN") -> list[Outcome]:
         settings = JudgeSettings(
-            url=url, prompt_template="{prompt}{response}", score=ScoreFormat(regex=regex), max_new_tokens=6
+            url=url,
+            model=str(model),
+            prompt_template="{prompt}{response}",
+            score=ScoreFormat(regex=regex),
+            max_new_tokens=6,
+            api_key_env=api_key_env,
         )
         return JudgeReward(settings).score(samples, stop_at_failure=False)
 
-    with served_judge(model, tmp_path / "judge.log") as url:
+    with served_judge(model, tmp_path / "judge.log", token="open sesame") as url:
         first, again = judge(url, r"(\d)"), judge(url, r"(\d)")
         # The model's alphabet has digits only.
         unreadable = judge(url, "score: (x)")
+        refused = judge(url, r"(\d)", api_key_env=None)
     assert first == again, "the judge is greedy"
     assert [outcome.error for outcome in first] == [None, None]
     assert all(outcome.score in range(10) for outcome in first)
     assert all("got an answer without 'score: (x)'" in str(outcome.error) for outcome in unreadable)
+    assert all("AuthenticationError" in str(outcome.error) for outcome in refused)
+
+
+def test_a_judge_that_other_hosts_can_ask_needs_a_token(monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "open sesame")
+    monkeypatch.delenv("OTHER", raising=False)
+    assert find_token("127.0.0.1", None, []) == find_token("::1", None, []) == find_token("localhost", None, []) == {}
+    assert find_token("0.0.0.0", "JUDGE_TOKEN", []) == {"api_key": "open sesame"}
+    assert find_token("gpu7", None, ["--tp", "2", "--api-key=x"]) == {}
+    for host in ("0.0.0.0", "::", "10.0.0.1", "gpu7"):
+        with pytest.raises(ValueError, match=f"--host {host} lets other hosts ask, so requests need a token"):
+            find_token(host, None, ["--tp", "2"])
+    with pytest.raises(ValueError, match="OTHER is not set"):
+        find_token("127.0.0.1", "OTHER", [])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,17 +44,52 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", help="Hugging Face folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default="30000")
+    parser.add_argument("--api-key-env", help="variable with the token that requests need, as reward.judge.api_key_env")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments, more = parser.parse_known_args(argv)
     setup_logging(rank=0)
     if not os.path.isfile(os.path.join(arguments.model, "config.json")):
         logger.error("%s is not a Hugging Face model folder: it has no config.json", arguments.model)
         return 2
+    try:
+        token = find_token(arguments.host, arguments.api_key_env, more)
+    except ValueError as error:
+        logger.error("%s", error)
+        return 2
     preload_sglang()
     values = {"log_level": "warning", **(_cpu_arguments() if arguments.device == "cpu" else {})}
     values |= {"model_path": arguments.model, "host": arguments.host, "port": arguments.port}
-    _serve([*_flags({**values, "device": arguments.device}), *more])
+    _serve([*_flags({**values, "device": arguments.device, **token}), *more])
     return 0
+
+
+def find_token(host: str, variable: str | None, more: Sequence[str]) -> dict[str, str]:
+    """SGLang's argument with the token; none is needed where only this host can ask.
+
+    Args:
+        variable: environment variable with the token; on the command line everyone on the host could read it.
+        more: SGLang's own options, of which one may be its --api-key.
+
+    Raises:
+        ValueError: the variable is not set, or others can ask and there is no token.
+    """
+    if variable is not None:
+        if not os.environ.get(variable):
+            raise ValueError(f"the environment variable {variable} is not set; it has to hold the token")
+        return {"api_key": os.environ[variable]}
+    if not _is_loopback(host) and not any(option.split("=")[0] == "--api-key" for option in more):
+        raise ValueError(
+            f"--host {host} lets other hosts ask, so requests need a token; put one into an environment variable and "
+            "name it with --api-key-env here and with reward.judge.api_key_env in the run"
+        )
+    return {}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _cpu_arguments() -> dict[str, Any]:
@@ -82,10 +119,13 @@ def _serve(flags: list[str]) -> None:
         place = join_host_port(parsed.host, parsed.port)
         logger.info("judge %s answers at http://%s/v1", parsed.model_path, place)
 
-    try:
-        launch_server(parsed, launch_callback=announce)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+    with tempfile.TemporaryDirectory(prefix="mrl_judge_") as folder:
+        # Its processes would meet at a port that listens on every interface.
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
+        try:
+            launch_server(parsed, launch_callback=announce)
+        finally:
+            kill_process_tree(os.getpid(), include_parent=False)
 
 
 def _record_ports(port_args: Any) -> list[Any]:
