@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from mrl.config.inert_rules import CPU_RULES, RULES, Rule
+from mrl.config.inert_rules import CPU_RULES, RAY_RULES, RULES, Rule
 from mrl.config.keys import default_values, flatten
 from mrl.config.schema import PPOConfig
 
@@ -24,6 +24,11 @@ def find_inert_settings(config: PPOConfig, *, set_keys: Collection[str] = ()) ->
 def find_inert_on_cpu(config: PPOConfig, *, set_keys: Collection[str] = ()) -> list[str]:
     """The lines about settings that act on GPUs only, for whoever finds that `trainer.device=auto` means a CPU."""
     return _apply(CPU_RULES, config, set_keys)
+
+
+def find_inert_without_ray(config: PPOConfig) -> list[str]:
+    """The lines about settings of Ray, for whoever finds that `trainer.launcher=auto` means another launcher."""
+    return _apply(RAY_RULES, config, ())
 
 
 def _apply(rules: Iterable[Rule], config: PPOConfig, set_keys: Collection[str]) -> list[str]:

@@ -81,7 +81,12 @@ def _compose_files(config_name: str, choices: tuple[str, ...]) -> DictConfig:
 
 def save_config(config: PPOConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))), encoding="utf-8")
+    Path(path).write_text(spell_config(config), encoding="utf-8")
+
+
+def spell_config(config: PPOConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
 
 
 def read_config(path: str | Path) -> PPOConfig:
@@ -91,11 +96,23 @@ def read_config(path: str | Path) -> PPOConfig:
         ConfigError: the file is missing or not what `save_config` writes.
     """
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return parse_config(Path(path).read_text(encoding="utf-8"), source=f"configuration {path}")
     except (OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read configuration {path}: {error}") from error
+
+
+def parse_config(text: str, *, source: str = "the configuration") -> PPOConfig:
+    """The configuration that `spell_config` spelled.
+
+    Args:
+        source: what to call it in messages.
+
+    Raises:
+        ConfigError: it is not a mapping of sections, or not a configuration.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     if not isinstance(values, dict):
-        raise ConfigError(f"configuration {path} is not a mapping of sections")
+        raise ConfigError(f"{source} is not a mapping of sections")
     return config_from_dict({str(key): value for key, value in values.items()})
 
 

@@ -11,6 +11,7 @@ from mrl.config.critic import CriticConfig
 from mrl.config.data import DataConfig
 from mrl.config.errors import ConfigError
 from mrl.config.model import ModelConfig
+from mrl.config.ray_kwargs import RayKwargsConfig
 from mrl.config.reward import RewardConfig
 from mrl.config.rollout import RolloutConfig
 from mrl.config.section import Section
@@ -47,6 +48,8 @@ class PPOConfig(Section):
     """Advantages and the in-reward KL penalty."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length, place and outputs of the run."""
+    ray_kwargs: RayKwargsConfig = field(default_factory=RayKwargsConfig)
+    """How the job joins a Ray cluster."""
 
     @property
     def needs_reference(self) -> bool:

@@ -65,7 +65,7 @@ class TrainerConfig(Section):
     resume_from_path: str | None = None
     """Checkpoint folder for `resume_mode=resume_path`."""
     ray_wait_register_center_timeout: int = 300
-    """Longest wait for the job's hosts to join, in seconds, whatever starts them."""
+    """Longest wait for the job's hosts to join, in seconds, whatever starts them; on Ray first of all to be free."""
     network_interface: str | None = None
     """Interface, such as ib0, whose address each host has for the others, for all but NCCL's own transports; null takes
     GLOO_SOCKET_IFNAME, else the interface that leads to host 0. MRL_HOST_ADDRESS, set on a host, overrides it."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import psutil
 
 LOOPBACK = "127.0.0.1"
+JOB_PORTS = range(15000, 25000)
+"""For a job's store: below the ports that Linux hands out by itself (net.ipv4.ip_local_port_range, from 32768)."""
 
 
 def find_host_address(master_addr: str, *, interface: str | None, environ: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ def host_environments(
 def detect_launcher(requested: str, environ: Mapping[str, str]) -> str:
     """The launcher that started this process: `requested` unless it is "auto".
 
+    "auto" is torchrun's agent, else srun, else a Ray cluster that this process is part of or is pointed to, else local.
+
     Returns:
         One of LAUNCHERS, or "host" where a driver started this process for one host and said so in MRL_NODE_RANK.
 
@@ -80,8 +83,6 @@ def detect_launcher(requested: str, environ: Mapping[str, str]) -> str:
         raise ValueError(f"trainer.launcher = {requested!r} is not one of {', '.join(LAUNCHERS)}")
     if "MRL_NODE_RANK" in environ:
         return "host"
-    if requested == "ray":
-        raise ValueError("trainer.launcher = ray is not available in this version; use local or torchrun")
     if requested != "auto":
         if requested == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ:
             raise ValueError("trainer.launcher = torchrun, but TORCHELASTIC_RUN_ID is not set; start with torchrun")
@@ -93,7 +94,16 @@ def detect_launcher(requested: str, environ: Mapping[str, str]) -> str:
     # A batch script has SLURM_PROCID = 0 too, but only what srun started is in a step.
     if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
-    return "local"
+    return "ray" if _is_on_ray(environ) else "local"
+
+
+def _is_on_ray(environ: Mapping[str, str]) -> bool:
+    """Whether `ray job submit`, a Ray worker or the user pointed this process to a cluster, or it has joined one."""
+    ray = sys.modules.get("ray")
+    if "RAY_JOB_ID" in environ or (ray is not None and ray.is_initialized()):
+        return True
+    # An http address is the dashboard's, by which jobs are submitted from outside.
+    return bool(environ.get("RAY_ADDRESS")) and not environ["RAY_ADDRESS"].startswith("http")
 
 
 def read_task(launcher: str, environ: Mapping[str, str]) -> Task:

@@ -84,7 +84,7 @@ def run_host_ranks(
         KeyboardInterrupt: this process was interrupted.
     """
     ranks: list[_Rank] = []
-    with _interrupt_on_sigterm():
+    with interrupt_on_sigterm():
         try:
             with _signals_held():
                 for env in environments:
@@ -131,7 +131,9 @@ def _exit_on_sigterm(signum: int, frame: Any) -> None:
 
 
 @contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt, as SIGINT does, until the block ends."""
+
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -196,9 +198,12 @@ def _failure(number: int, kind: str, detail: Any) -> RankFailure:
 
 def _blame(failure: RankFailure) -> tuple[bool, bool, int]:
     """Sorts the error that caused the others first: one meant for the user, then any but a broken connection."""
-    text = str(failure)
-    echo = any(mark in text for mark in ("onnection closed by peer", "onnection reset by peer", "DistBackendError"))
-    return not failure.user_error, echo, failure.rank
+    return not failure.user_error, is_echo(str(failure)), failure.rank
+
+
+def is_echo(error: str) -> bool:
+    """Whether an error only says that another rank has gone."""
+    return any(mark in error for mark in ("onnection closed by peer", "onnection reset by peer", "DistBackendError"))
 
 
 def _stop(ranks: list[_Rank]) -> None:

@@ -10,13 +10,14 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
 
-from mrl.config.inert import find_inert_on_cpu
+from mrl.config.inert import find_inert_on_cpu, find_inert_without_ray
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
 from mrl.interfaces import EngineError, RewardError
 from mrl.launch.environment import RankEnvironment, detect_launcher, read_task
 from mrl.launch.fork import RankFailure, run_host_ranks
 from mrl.launch.hosts import Job, join_job
+from mrl.launch.ray_driver import launch_on_ray
 from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
@@ -35,7 +36,13 @@ def launch(config: PPOConfig) -> int:
     _prepare_process()
     trainer = config.trainer
     try:
-        task = read_task(detect_launcher(trainer.launcher, os.environ), os.environ)
+        launcher = detect_launcher(trainer.launcher, os.environ)
+        if launcher == "ray":
+            return launch_on_ray(config)
+        if trainer.launcher == "auto" and launcher != "host":
+            for line in find_inert_without_ray(config):
+                logger.warning(line)
+        task = read_task(launcher, os.environ)
         with (
             claim_run_folder(run_folder(config)) if task.index == 0 else nullcontext(),
             join_job(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from mrl.launch.addresses import JOB_PORTS
 from mrl.launch.task import Task, read_numbers
-
-_FIRST_PORT, _NUM_PORTS = 15000, 10000
-"""Below the ports that Linux hands out by itself (net.ipv4.ip_local_port_range, from 32768)."""
 
 
 def read_slurm_task(environ: Mapping[str, str]) -> Task:
@@ -46,4 +44,4 @@ def _port_of_step(environ: Mapping[str, str]) -> int:
     names = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID"}
     numbers = read_numbers("slurm", names, environ)
     # Steps of one job may run side by side, and so may arrays, whose jobs have neighbouring ids.
-    return _FIRST_PORT + (numbers["job"] * 13 + numbers["step"]) % _NUM_PORTS
+    return JOB_PORTS[(numbers["job"] * 13 + numbers["step"]) % len(JOB_PORTS)]

@@ -6,9 +6,9 @@ from mrl.config.inert_rules.advantages import ESTIMATOR_RULES, KL_RULES
 from mrl.config.inert_rules.losses import CORRECTION_RULES, LOSS_RULES
 from mrl.config.inert_rules.roles import BATCH_RULES, CPU_RULES, PADDING_RULES, ROLE_RULES
 from mrl.config.inert_rules.rule import Rule
-from mrl.config.inert_rules.run import ROLLOUT_RULES, RUN_RULES
+from mrl.config.inert_rules.run import RAY_RULES, ROLLOUT_RULES, RUN_RULES
 
-__all__ = ["CPU_RULES", "RULES", "Rule"]
+__all__ = ["CPU_RULES", "RAY_RULES", "RULES", "Rule"]
 
 RULES = (
     *KL_RULES,

@@ -11,6 +11,8 @@ def _clip_ratio_unused(config: PPOConfig) -> bool:
     return actor.clip_ratio not in (actor.clip_ratio_low, actor.clip_ratio_high)
 
 
+_ONE_HOST = "trainer.nnodes is 1, so there is no other host"
+
 ROLLOUT_RULES = (
     Rule(
         keys=(f"{ROLLOUT}.calculate_log_probs",),
@@ -110,9 +112,19 @@ RUN_RULES = (
         reason="trainer.resume_mode is not resume_path",
     ),
     Rule(
-        keys=("trainer.ray_wait_register_center_timeout", "trainer.network_interface"),
+        keys=("trainer.network_interface",),
         when=lambda config: config.trainer.nnodes == 1,
-        reason="trainer.nnodes is 1, so there is no other host",
+        reason=_ONE_HOST,
+    ),
+    Rule(
+        keys=("trainer.ray_wait_register_center_timeout",),
+        when=lambda config: config.trainer.nnodes == 1 and config.trainer.launcher not in ("auto", "ray"),
+        reason=_ONE_HOST,
+    ),
+    Rule(
+        keys=("ray_kwargs.",),
+        when=lambda config: config.trainer.launcher not in ("auto", "ray"),
+        reason="trainer.launcher is not ray",
     ),
     Rule(
         keys=(f"{ACTOR}.clip_ratio",),
@@ -120,3 +132,12 @@ RUN_RULES = (
         reason=f"{ACTOR}.clip_ratio_low and clip_ratio_high are both set and take precedence",
     ),
 )
+RAY_RULES = (
+    Rule(keys=("ray_kwargs.",), when=lambda config: True, reason="the job does not run on Ray"),
+    Rule(
+        keys=("trainer.ray_wait_register_center_timeout",),
+        when=lambda config: config.trainer.nnodes == 1,
+        reason=_ONE_HOST,
+    ),
+)
+"""Of a job that turns out to run without Ray."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mrl.config.inert import find_inert_on_cpu, find_inert_settings
+from mrl.config.inert import find_inert_on_cpu, find_inert_settings, find_inert_without_ray
 from mrl.config.keys import find_leaf
 from mrl.config.load import load_config
 
@@ -233,8 +233,14 @@ CASES = [
     ("trainer.max_actor_ckpt_to_keep=2", [], "the run saves no checkpoint", ["trainer.save_freq=5"]),
     ("trainer.max_critic_ckpt_to_keep=2", [], "the run saves no checkpoint", ["trainer.save_freq=5"]),
     ("trainer.resume_from_path=/c", [], "is not resume_path", ["trainer.resume_mode=resume_path"]),
-    ("trainer.ray_wait_register_center_timeout=9", [], "there is no other host", ["trainer.nnodes=2"]),
+    (
+        "trainer.ray_wait_register_center_timeout=9",
+        ["trainer.launcher=local"],
+        "there is no other host",
+        ["trainer.launcher=ray"],
+    ),
     ("trainer.network_interface=ib0", [], "there is no other host", ["trainer.nnodes=2"]),
+    ("ray_kwargs.ray_init.num_cpus=4", ["trainer.launcher=slurm"], "launcher is not ray", ["trainer.launcher=auto"]),
     (
         "actor_rollout_ref.model.use_remove_padding=True",
         [f"{ACTOR}.megatron.use_remove_padding=False"],
@@ -295,3 +301,11 @@ def test_settings_for_gpus_can_be_asked_for_once_the_device_is_known():
     assert find_inert_settings(config) == []
     lines = find_inert_on_cpu(config)
     assert any(line.startswith("critic.megatron.grad_offload=True does not act") for line in lines)
+
+
+def test_settings_of_ray_are_reported_where_another_launcher_is_found():
+    own = ["ray_kwargs.ray_init.num_cpus=4", "trainer.ray_wait_register_center_timeout=9"]
+    ray, wait = find_inert_without_ray(load_config(own))
+    assert ray.startswith("ray_kwargs.ray_init={'num_cpus': 4} does not act: the job does not run on Ray")
+    assert wait.startswith("trainer.ray_wait_register_center_timeout=9 does not act")
+    assert find_inert_without_ray(load_config([*own[1:], "trainer.nnodes=2"])) == []

@@ -45,6 +45,11 @@ def test_launchers_are_told_apart_by_their_variables():
     batch_script = {name: value for name, value in SLURM.items() if "STEP" not in name}
     assert detect_launcher("auto", batch_script) == "local"
     assert detect_launcher("local", TORCHRUN) == "local"
+    assert detect_launcher("auto", {"RAY_ADDRESS": "10.0.0.1:6379"}) == "ray"
+    assert detect_launcher("auto", {"RAY_JOB_ID": "01000000"}) == "ray"
+    assert detect_launcher("auto", {"RAY_ADDRESS": "http://10.0.0.1:8265"}) == "local"
+    assert detect_launcher("auto", {"RAY_ADDRESS": "10.0.0.1:6379"} | SLURM) == "slurm"
+    assert detect_launcher("ray", {}) == "ray"
     assert {detect_launcher(name, HOST | TORCHRUN) for name in ("auto", "ray", "torchrun")} == {"host"}
 
 
