@@ -205,7 +205,8 @@ def describe_nodes(nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]
     """What the cluster has, node by node, and what of all that is free."""
     ordered = sorted(nodes, key=lambda node: (_address_key(node["NodeManagerAddress"]), node["NodeID"]))
     each = ", ".join(f"{node['NodeManagerAddress']} with {_spell(node['Resources'])}" for node in ordered)
-    return f"it has {len(ordered)} nodes ({each}), of which {_spell(free)} are free"
+    number = f"{len(ordered)} node{'' if len(ordered) == 1 else 's'}"
+    return f"it has {number} ({each}), of which {_spell(free)} are free"
 
 
 def _nodes() -> list[dict[str, Any]]:
