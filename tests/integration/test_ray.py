@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_jobs import Command, run_command
+from listening import is_loopback, listening
 from ray_cluster import ON_LOOPBACK, RayCluster, ray_cluster
 
 from mrl.config.load import load_config, spell_config
@@ -86,8 +87,11 @@ def differing(rows: list[dict[str, float]], expected: list[dict[str, float]]) ->
 
 
 def test_one_host_equals_the_local_launcher_and_a_killed_rank_ends_the_job(tmp_path, expected):
+    seen: dict[str, Any] = {}
+
     def during(command: Command) -> None:
         command.wait_for(r"\[host 0\] step 2/500")
+        seen["addresses"] = listening(command.descendants())
         # A rank is what has an engine's processes below it.
         command.find("sglang::scheduler").parent().kill()
 
@@ -96,6 +100,8 @@ def test_one_host_equals_the_local_launcher_and_a_killed_rank_ends_the_job(tmp_p
     assert outcome.status == 1, outcome.output
     assert re.search(r"host 0 \(127\.0\.0\.1\): .*rank \d", outcome.output), outcome.output
     assert differing(results(tmp_path), expected) == {}
+    assert seen["addresses"]
+    assert all(map(is_loopback, seen["addresses"])), seen["addresses"]
 
 
 def test_two_hosts_equal_the_local_launcher(tmp_path, joined, expected):
