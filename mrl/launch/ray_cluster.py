@@ -112,7 +112,7 @@ def _join(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> bool:
                 if address:
                     raise
         _start(ray, arguments)
-    except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
+    except (ConnectionError, ValueError, TypeError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "a cluster"
         raise ValueError(
             f"cannot join {where}: {error}; check ray_kwargs.ray_init and RAY_ADDRESS (the head's GCS address, not its "
