@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ BufferKey = tuple[int, int]
 
 @dataclass(kw_only=True, frozen=True)
 class PullResult:
-    """What one pull did."""
+    """What one pull did, within the host."""
 
     bytes: int
     ops: int
@@ -47,9 +48,10 @@ class Copies(Protocol):
 
 
 def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, Tensor]:
-    """Open the buffers that the plan reads, and no others; ReshardError as `open_buffer`."""
+    """Open the buffers that the plan copies or sends from, and no others; ReshardError as `open_buffer`."""
     by_rank = {source.rank: source for source in sources}
-    keys = sorted({(op.src_rank, op.src_buffer) for op in plan.copies})
+    sent = chain.from_iterable(transfer.copies for transfer in plan.sends)
+    keys = sorted({(op.src_rank, op.src_buffer) for op in chain(plan.copies, sent)})
     return {(rank, index): open_buffer(by_rank[rank].buffers[index]) for rank, index in keys}
 
 
@@ -76,7 +78,7 @@ class Puller:
 
     @torch.no_grad()
     def pull(self) -> PullResult:
-        """Overwrite every parameter with the trainer's current weights; returns when the bytes have arrived.
+        """Overwrite the parameters with the trainer's current weights on this host; returns when the bytes are there.
 
         The trainer must not write its parameters meanwhile. What arrived is compared with what was sent by checksums:
         a lost, stale or overwritten copy is seen. On CPU these are sums of the words of each copy, taken after it, so
@@ -90,8 +92,8 @@ class Puller:
         self._check_in_place()
         checksum, seconds, verify_seconds = self._copies.pull()
         return PullResult(
-            bytes=self._plan.stats.bytes,
-            ops=self._plan.stats.copies + self._plan.stats.fills,
+            bytes=self._plan.stats.bytes - self._plan.stats.remote_bytes,
+            ops=len(self._plan.copies) + len(self._plan.fills),
             seconds=seconds,
             verify_seconds=verify_seconds,
             checksum=checksum,
@@ -104,7 +106,8 @@ class Puller:
 
 
 def _bind(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> Copies:
-    if next(iter(params.values())).is_cuda and is_compiled():
+    on_gpu = next(iter(params.values())).is_cuda and bool(plan.copies or plan.fills)
+    if on_gpu and is_compiled():
         return CudaCopies(plan, buffers, params)
     return TorchCopies(plan, buffers, params)
 

@@ -7,8 +7,8 @@ expert after the other). Layer and expert numbers in names are global.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -60,6 +60,7 @@ class SourceRank:
     tp_rank: int
     tp_size: int
     host: str
+    """Address under which other hosts reach its host; equal for all ranks of a host, and for no others."""
     device: int
     """Number of its GPU on its host, see `mrl.reshard.transport.device_number`; -1 on CPU."""
     dtype: str
@@ -75,6 +76,29 @@ class SourceRank:
         buffers = tuple(SourceBuffer(**item) for item in data["buffers"])
         params = tuple(SourceParam(**{**item, "shape": tuple(item["shape"])}) for item in data["params"])
         return cls(**{**data, "buffers": buffers, "params": params})
+
+
+def sources_to_json(sources: Sequence[SourceRank]) -> list[dict[str, Any]]:
+    """Exports as JSON; ranks with equal parameter tables (data-parallel replicas) name the first one's place."""
+    places: dict[tuple[SourceParam, ...], int] = {}
+    data = []
+    for place, source in enumerate(sources):
+        first = places.setdefault(source.params, place)
+        entry = replace(source, params=()).to_json()
+        data.append(entry | {"params": first if first < place else [asdict(param) for param in source.params]})
+    return data
+
+
+def sources_from_json(data: Sequence[Mapping[str, Any]]) -> list[SourceRank]:
+    """The inverse of `sources_to_json`; ranks with equal parameter tables share one."""
+    sources: list[SourceRank] = []
+    for entry in data:
+        if isinstance(entry["params"], int):
+            alone = SourceRank.from_json({**entry, "params": []})
+            sources.append(replace(alone, params=sources[entry["params"]].params))
+        else:
+            sources.append(SourceRank.from_json(dict(entry)))
+    return sources
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -102,7 +102,6 @@ def test_equal_inputs_give_equal_digests_also_after_json():
     again = [SourceRank.from_json(source.to_json()) for source in sources]
     spec = ModelSpec.from_json(SPEC.to_json())
     assert plan_for(spec, again, params).digest == plan.digest
-    assert plan_for(SPEC, sources, params, host="elsewhere", tp_rank=0).digest == plan.digest
     assert plan_for(SPEC, sources[:4] + sources[6:], params).digest != plan.digest
 
 
