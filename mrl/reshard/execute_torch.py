@@ -21,7 +21,7 @@ class TorchCopies:
 
     def __init__(self, plan: Plan, buffers: Mapping[tuple[int, int], Tensor], params: Mapping[str, Tensor]) -> None:
         self._names = [op.dst_param for op in plan.copies]
-        self._pairs = [_views(op, buffers[op.src_rank, op.src_buffer], params[op.dst_param]) for op in plan.copies]
+        self._pairs = [copy_views(op, buffers[op.src_rank, op.src_buffer], params[op.dst_param]) for op in plan.copies]
         self._tails = [params[fill.dst_param].narrow(0, fill.dst_offset, fill.num_bytes) for fill in plan.fills]
         self._on_gpu = any(param.is_cuda for param in params.values())
 
@@ -40,6 +40,8 @@ class TorchCopies:
         return checksum, end - start, end - verify_start
 
     def _verify(self) -> int:
+        if not self._pairs:
+            return 0
         # Sums stay on the device until all are done: one transfer on a GPU.
         sent = torch.stack([source.sum(dtype=torch.int64) for _, source in self._pairs]).tolist()
         arrived = torch.stack([target.sum(dtype=torch.int64) for target, _ in self._pairs]).tolist()
@@ -52,18 +54,19 @@ class TorchCopies:
         return sum(arrived) % 2**64
 
 
-def _views(op: CopyOp, buffer: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+def copy_views(op: CopyOp, buffer: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
     """(target, source) of one copy as [rows, words] views of the widest word that both sides are aligned to."""
     strides = (op.src_pitch, op.dst_pitch) if op.rows > 1 else ()
     places = (buffer.data_ptr() + op.src_offset, param.data_ptr() + op.dst_offset)
     word = math.gcd(8, op.row_bytes, *strides, *places)
     return (
-        _word_view(param, op.dst_offset, op.dst_pitch, op.rows, op.row_bytes, word),
-        _word_view(buffer, op.src_offset, op.src_pitch, op.rows, op.row_bytes, word),
+        word_view(param, op.dst_offset, op.dst_pitch, op.rows, op.row_bytes, word),
+        word_view(buffer, op.src_offset, op.src_pitch, op.rows, op.row_bytes, word),
     )
 
 
-def _word_view(memory: Tensor, offset: int, pitch: int, rows: int, row_bytes: int, word: int) -> Tensor:
+def word_view(memory: Tensor, offset: int, pitch: int, rows: int, row_bytes: int, word: int) -> Tensor:
+    """Rows of bytes as words of `word` bytes, which divides everything else. [rows, row_bytes / word]"""
     span = (rows - 1) * pitch + row_bytes
     words = memory.narrow(0, offset, span).view(_WORDS[word])
     return words.as_strided((rows, row_bytes // word), (pitch // word, 1))
