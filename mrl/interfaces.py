@@ -101,9 +101,18 @@ class WeightUpdateReport:
     bytes: int
     ops: int
     pull_s: float
-    """Slowest engine rank, copy and verification."""
+    """Slowest engine rank, copy, exchange with other hosts and verification."""
     call_s: float
     """Whole call as its caller sees it."""
+    local_bytes: int = 0
+    """Of `bytes`, those from the engine ranks' own devices."""
+    remote_bytes: int = 0
+    """Of `bytes`, those from other hosts, as counted where they arrived."""
+
+
+def update_round(weight_version: int, redo: int) -> str:
+    """Name of one update of the engines, under which those of several hosts meet."""
+    return f"{weight_version}.{redo}"
 
 
 class RolloutEngine(Protocol):

@@ -73,6 +73,8 @@ class TrainerConfig(Section):
     """Longest start of a rollout engine, in seconds."""
     engine_call_timeout_s: float = 1800.0
     """Longest single call to a rollout engine, in seconds."""
+    reshard_timeout_s: float = 600.0
+    """Longest exchange of weights between hosts in one update, in seconds; at most `engine_call_timeout_s`."""
     phase_timeout_s: float = 3600.0
     """Longest phase of a step, in seconds; then the ranks that are missing are named."""
 
@@ -90,7 +92,13 @@ class TrainerConfig(Section):
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations")
-        more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s")
+        more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s", "reshard_timeout_s")
+        if self.nnodes > 1 and self.reshard_timeout_s > self.engine_call_timeout_s:
+            raise ConfigError(
+                f"reshard_timeout_s = {self.reshard_timeout_s} exceeds engine_call_timeout_s = "
+                f"{self.engine_call_timeout_s}: the call would end before the exchange could say what is missing; "
+                "lower it"
+            )
         more_than(self, 0, "ray_wait_register_center_timeout")
         if self.launcher == "local" and self.nnodes > 1:
             raise ConfigError(f"launcher = local starts ranks on one host, but nnodes = {self.nnodes}; use torchrun")

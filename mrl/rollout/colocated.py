@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport
+from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport, update_round
 from mrl.parallel.agreement import gather_results
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.spec import ModelSpec
+from mrl.rollout.control import UpdateControl
 from mrl.rollout.queue import SharedQueue, open_store
 from mrl.rollout.wire import decode, encode
 from mrl.types import Generation, Prompt, Sample, SamplingParams
@@ -34,6 +35,11 @@ TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
 
 class StreamingEngine(RolloutEngine, Protocol):
     """A rollout engine that can also take its prompts from a queue as slots become free."""
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that it lives on, its owner's first."""
+        ...
 
     def generate_from(self, take: TakePrompts, params: SamplingParams, *, window: int) -> dict[int, Generation]:
         """Responses by index, for prompts that `take(free slots)` hands out until it returns none."""
@@ -60,6 +66,14 @@ class _Death:
     reason: str
 
 
+@dataclass(kw_only=True, frozen=True)
+class _Refusal:
+    """An engine that lives failed to update; `rank` led it."""
+
+    rank: int
+    reason: str
+
+
 class ColocatedRollout:
     """Implements `mrl.interfaces.Rollout`. Built by all ranks; the default process group carries CPU tensors.
 
@@ -71,6 +85,7 @@ class ColocatedRollout:
         max_running_requests: most prompts one engine has in flight.
         max_engine_restarts: most times that engines are restarted over the whole run; after that, a death is an error.
         weight_version: version of the first update; each later one adds 1.
+        reshard_timeout_s: longest exchange of weights between hosts in one update.
 
     Raises:
         ValueError: no rank has an engine.
@@ -86,6 +101,7 @@ class ColocatedRollout:
         max_running_requests: int = 256,
         max_engine_restarts: int = 0,
         weight_version: int = 0,
+        reshard_timeout_s: float = 600.0,
     ) -> None:
         self._engine = engine
         self._follower = follower
@@ -97,14 +113,12 @@ class ColocatedRollout:
         self._reported_restarts = 0
         self._next_version = weight_version
         self._rounds = 0
-        owners, sources = zip(*gather_results(lambda: (engine is not None, source)), strict=True)
-        self._leaders = [rank for rank, owns in enumerate(owners) if owns]
+        sizes, sources = zip(*gather_results(lambda: (engine.tp_size if engine else 0, source)), strict=True)
+        self._leaders = [rank for rank, size in enumerate(sizes) if size]
         if not self._leaders:
             raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
-        self._control: dict[str, object] = {
-            "spec": spec.to_json(),
-            "sources": [each.to_json() for each in sources],
-        }
+        engine_sizes = {leader: sizes[leader] for leader in self._leaders}
+        self._control = UpdateControl(spec, sources, engine_sizes, rank=self._rank, timeout_s=reshard_timeout_s)
         self._store = open_store()
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
@@ -198,18 +212,31 @@ class ColocatedRollout:
     def _pull(self, version: int, *, redo: int = 0) -> list[WeightUpdateReport]:
         """Every engine's report of its update to `version`, with engines that die on the way restarted."""
         while True:
+            try:
+                outcomes = self._on_leaders(lambda engine: self._update(engine, version, redo))
+            except Exception:
+                self._control.renew()
+                raise
+            if deaths := [outcome for outcome in outcomes if isinstance(outcome, _Death)]:
+                # Others that failed waited for them.
+                self._revive(deaths, f"the update to version {version} is repeated")
+            elif failures := [outcome for outcome in outcomes if isinstance(outcome, _Refusal)]:
+                self._control.renew()
+                raise EngineError(f"rollout engine of rank {failures[0].rank}: {failures[0].reason}")
+            else:
+                return [outcome for outcome in outcomes if isinstance(outcome, WeightUpdateReport)]
 
-            def work(engine: StreamingEngine) -> WeightUpdateReport | _Death:
-                try:
-                    return engine.update_weights(self._control, weight_version=version, redo=redo)
-                except EngineDiedError as error:
-                    return _Death(rank=self._rank, reason=str(error))
-
-            outcomes = self._on_leaders(work)
-            deaths = [outcome for outcome in outcomes if isinstance(outcome, _Death)]
-            if not deaths:
-                return [outcome for outcome in outcomes if not isinstance(outcome, _Death)]
-            self._revive(deaths, f"the update to version {version} is repeated")
+    def _update(self, engine: StreamingEngine, version: int, redo: int) -> WeightUpdateReport | _Death | _Refusal:
+        try:
+            return engine.update_weights(self._control.message, weight_version=version, redo=redo)
+        except Exception as error:
+            # Its ranks may not have come so far as to say so themselves.
+            self._control.give_up(update_round(version, redo), f"rollout engine of rank {self._rank}: {error}")
+            if isinstance(error, EngineDiedError):
+                return _Death(rank=self._rank, reason=str(error))
+            if isinstance(error, EngineError):
+                return _Refusal(rank=self._rank, reason=str(error))
+            raise
 
     def _pull_again(self) -> None:
         """After a restart: the version that engines have had, with other random numbers than those used up."""
@@ -235,8 +262,7 @@ class ColocatedRollout:
         gather_results(lambda: self._restart_part(dead))
         if self._rank == deaths[0].rank:
             logger.warning("restarted after %.1f s", time.perf_counter() - begin)
-        # Another message: every engine plans, and joins those of other hosts, anew.
-        self._control = {**self._control, "restarts": self._restarts}
+        self._control.renew()
 
     def _restart_part(self, dead: Collection[int]) -> None:
         """Restart this rank's engine, or its part of one, if the leader is among the dead."""
@@ -306,8 +332,12 @@ class ColocatedRollout:
 def _reshard_metrics(reports: Sequence[WeightUpdateReport], seconds: float) -> dict[str, float]:
     num_bytes = sum(report.bytes for report in reports)
     pull_s = max(report.pull_s for report in reports)
+    local, remote = sum(report.local_bytes for report in reports), sum(report.remote_bytes for report in reports)
     return {
         "reshard/bytes": float(num_bytes),
+        "reshard/local_bytes": float(local),
+        "reshard/same_host_bytes": float(num_bytes - local - remote),
+        "reshard/remote_bytes": float(remote),
         "reshard/ops": float(sum(report.ops for report in reports)),
         "reshard/pull_s": pull_s,
         "reshard/call_s": max(report.call_s for report in reports),

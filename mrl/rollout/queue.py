@@ -17,6 +17,15 @@ def open_store() -> dist.Store:
     return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 
+def job_store() -> dist.TCPStore:
+    """This rank's client of the store that torch.distributed met through, without any prefix."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore), f"the job's store is a {type(store).__name__}"
+    return store
+
+
 class SharedQueue:
     """Hands out the indices 0 .. size - 1, each once, to whichever rank asks first."""
 

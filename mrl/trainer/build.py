@@ -204,10 +204,11 @@ class _Builder:
             part if isinstance(part, SGLangEngine) else None,
             follower=part if isinstance(part, EngineFollower) else None,
             spec=plan.actor.spec,
-            source=actor.export_weights(),
+            source=actor.export_weights(self._env.host_address),
             max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,
             max_engine_restarts=config.actor_rollout_ref.rollout.max_engine_restarts,
             weight_version=plan.resume.manifest.weight_version if plan.resume else 0,
+            reshard_timeout_s=config.trainer.reshard_timeout_s,
         )
 
     def _scorer(self) -> Scorer:

@@ -125,6 +125,7 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     if critic and critic_record:
         current["critic"] = _current(critic, critic_record, tokenizer_path)
     trainer, num_engines = config.trainer, _count_engines(config, actor.spec, machine.device)
+    _check_senders(config, actor.layout, num_engines)
     return RunPlan(
         device=machine.device,
         world_size=config.trainer.world_size,
@@ -328,3 +329,22 @@ def _count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
             f"the job has {world_size}"
         )
     return num_engines
+
+
+def _check_senders(config: PPOConfig, actor: ParallelLayout, num_engines: int) -> None:
+    """ValueError if a part of the actor lies only on hosts without engines, which alone could send it to the others."""
+    per_host, tp = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    with_engines = -(-num_engines * tp // per_host) * per_host
+
+    def part(rank: int) -> tuple[int, int, int]:
+        tp_rank, _, _, pp_rank = actor.coordinates(rank)
+        return tp_rank, pp_rank, actor.ep_rank(rank)
+
+    held = {part(rank) for rank in range(with_engines)}
+    alone = sorted({rank // per_host for rank in range(with_engines, actor.world_size) if part(rank) not in held})
+    if alone:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.num_engines = {num_engines} at TP{tp} leaves hosts {alone} (counted from 0) "
+            f"without an engine, but no other host holds their part of the actor ({actor}): nothing could send it to "
+            "the engines; raise num_engines, or choose a layout whose replicas lie on the hosts with engines"
+        )

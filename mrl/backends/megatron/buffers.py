@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +47,11 @@ class ExportedWeights:
         self._source: SourceRank | None = None
         self._addresses: dict[str, int] = {}
 
-    def source(self) -> SourceRank:
+    def source(self, host: str) -> SourceRank:
         """Where this rank's parameters lie, for engines that pull them; the same on every call.
 
-        The first call moves CPU storages into shared memory; CUDA memory stays. Called when no other process is
-        computing with them.
+        `host` is the address of this rank's host. The first call moves CPU storages into shared memory; CUDA memory
+        stays. Called when no other process is computing with them.
         """
         named = [item for chunk in self._chunks for item in chunk.named_parameters()]
         if self._source is None:
@@ -61,7 +60,7 @@ class ExportedWeights:
                 rank=torch.distributed.get_rank(),
                 tp_rank=self._tp_rank,
                 tp_size=self._tp_size,
-                host=socket.gethostname(),
+                host=host,
                 device=device_number(named[0][1].device),
             )
             self._addresses = {name: parameter.data_ptr() for name, parameter in named}

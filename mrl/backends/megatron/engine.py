@@ -30,6 +30,7 @@ from mrl.backends.megatron.outputs import log_prob_output, value_output
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.schedule import MicroBatch, Schedule
 from mrl.interfaces import LossFn
+from mrl.launch.addresses import LOOPBACK
 from mrl.parallel.agreement import gather_results
 from mrl.parallel.balancing import attention_crossover
 from mrl.parallel.layout import ParallelLayout
@@ -126,11 +127,15 @@ class MegatronEngine:
             grad_norm = _step(training)
         return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
-    def export_weights(self) -> SourceRank:
-        """Where this rank's current parameters lie; they keep their addresses for the life of the engine."""
+    def export_weights(self, host: str = LOOPBACK) -> SourceRank:
+        """Where this rank's current parameters lie; they keep their addresses for the life of the engine.
+
+        Args:
+            host: address under which the job's other hosts reach this one.
+        """
         with self._parts.state:
             self._gather_parameters()
-        return self._export.source()
+        return self._export.source(host)
 
     def stage_checkpoint(self, folder: Path, *, in_background: bool) -> StagedCheckpoint:
         """Parameters, optimizer, schedule and random states of now, to be written to `folder`.

@@ -31,7 +31,7 @@ from mrl.backends.sglang.arguments import (
 from mrl.backends.sglang.parts import EnginePart
 from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
 from mrl.backends.sglang.supervisor import EngineSupervisor
-from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
+from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport, update_round
 from mrl.types import Generation, SamplingParams
 
 TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
@@ -147,6 +147,11 @@ class SGLangEngine:
         self._supervisor.stop()
         self._start(None)
 
+    @property
+    def tp_size(self) -> int:
+        """Ranks that it lives on, its owner's first."""
+        return self._tp_size
+
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """One response to each prompt, in order. The stop token, if any, is part of the response.
 
@@ -188,7 +193,11 @@ class SGLangEngine:
                 until an update succeeds.
         """
         state, begin = self._weights, time.perf_counter()
-        message: dict[str, Any] = {"action": "pull", "seed": self._sampling_seed(weight_version, redo)}
+        message: dict[str, Any] = {
+            "action": "pull",
+            "seed": self._sampling_seed(weight_version, redo),
+            "round": update_round(weight_version, redo),
+        }
         if control is not state.delivered:
             state.layout = hashlib.sha256(json.dumps(control, sort_keys=True).encode()).hexdigest()[:16]
             message |= control
@@ -198,6 +207,8 @@ class SGLangEngine:
         return WeightUpdateReport(
             weight_version=weight_version,
             bytes=sum(status["bytes"] for status in statuses),
+            local_bytes=sum(status["local_bytes"] for status in statuses),
+            remote_bytes=sum(status["remote_bytes"] for status in statuses),
             ops=sum(status["ops"] for status in statuses),
             pull_s=max(status["seconds"] for status in statuses),
             call_s=time.perf_counter() - begin,

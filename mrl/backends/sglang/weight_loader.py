@@ -3,8 +3,10 @@
 The control message is JSON in the name of an empty tensor: SGLang hands loaders (name, tensor) pairs only. Its
 `action`:
 
-- `pull`: `layout`, a key; `seed`, for sampling; in the first message of a layout also `spec` (`ModelSpec`) and
-  `sources` (a list of `SourceRank`). Plan and opened buffers are kept for the messages that follow.
+- `pull`: `layout`, a key; `round`, another one for every update of a layout; `seed`, for sampling; in the first message
+  of a layout also `spec` (`ModelSpec`) and `sources` (`sources_to_json`), and where the job has several engines or
+  hosts, `engines`: `hosts` of all engine ranks, `first_rank` of this engine, `meeting` (`MeetingPoint`). Plan, opened
+  buffers and connections are kept for the messages that follow, until one fails.
 - `poison`: fill every parameter with NaN, so that a test sees what a pull missed.
 - `fingerprint`: report a digest of every parameter.
 
@@ -15,25 +17,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mrl.backends.sglang import status
-from mrl.reshard.execute import Puller, open_sources
-from mrl.reshard.layout import SourceRank, targets_of
+from mrl.backends.sglang.engine_group import EngineGroup, MeetingPoint
+from mrl.reshard.delivery import Delivery
+from mrl.reshard.layout import sources_from_json, targets_of
 from mrl.reshard.plan import build_plan
+from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import ModelSpec
 from mrl.reshard.transport import close_buffers, device_number
 
 PATH = "mrl.backends.sglang.weight_loader.load"
 """What `custom_weight_loader` and `load_format` are set to."""
 
-_pullers: dict[str, Puller] = {}
-"""At most one: the puller of the current source layout, under its key."""
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What an update of a layout needs, in this process."""
+
+    delivery: Delivery
+    group: EngineGroup | None
+    """Only where engine ranks send each other weights."""
+
+
+_bound: dict[str, _Bound] = {}
+"""At most one: of the current source layout, under its key."""
 
 
 @torch.no_grad()
@@ -42,14 +58,20 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
 
     Raises:
         ValueError: an unknown action or layout key, or source and engine parameters that do not fit each other.
+        ReshardError: what arrived is not what was sent, or a peer on another host cannot go on.
     """
     control = json.loads(named_tensors[0][0])
     action = control["action"]
     if action not in _ACTIONS:
         raise ValueError(f"unknown weight loader action {action!r}; known: {', '.join(sorted(_ACTIONS))}")
-    if control.get("fail_on_rank") == _tp_rank_and_size()[0]:
-        raise RuntimeError(f"asked to fail on engine rank {control['fail_on_rank']}")
-    _ACTIONS[action](model, control)
+    try:
+        if control.get("fail_on_rank") == _tp_rank_and_size()[0]:
+            raise RuntimeError(f"asked to fail on engine rank {control['fail_on_rank']}")
+        _ACTIONS[action](model, control)
+    except Exception as error:
+        if action == "pull":
+            _give_up(model, control, error)
+        raise
     if next(model.parameters()).is_cuda:
         # SGLang answers without waiting for the device; the trainer may change its weights right after.
         torch.cuda.synchronize()
@@ -58,15 +80,46 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
 def _pull(model: nn.Module, control: Mapping[str, Any]) -> None:
     key = control["layout"]
     if "sources" in control:
-        _pullers.clear()
-        close_buffers()
-        _pullers[key] = _build_puller(model, control)
-    if key not in _pullers:
+        _forget()
+        _bound[key] = _bind(model, control)
+    if key not in _bound:
         raise ValueError(f"this engine rank has no plan of source layout {key}; send spec and sources first")
-    result = _pullers[key].pull()
+    delivery, group = _bound[key].delivery, _bound[key].group
+    if group is not None:
+        group.begin(str(control["round"]))
+    result = delivery.run(group)
     # Restarting the stream at each version makes a resumed run sample what the unbroken run sampled.
     _seed(control["seed"])
-    status.put(bytes=result.bytes, ops=result.ops, seconds=result.seconds, checksum=result.checksum)
+    stats = delivery.plan.stats
+    status.put(
+        bytes=stats.bytes,
+        local_bytes=stats.local_bytes,
+        remote_bytes=result.exchange.received_bytes,
+        sent_bytes=result.exchange.sent_bytes,
+        ops=stats.copies + stats.fills,
+        seconds=result.seconds,
+        checksum=result.pull.checksum,
+    )
+
+
+def _give_up(model: nn.Module, control: Mapping[str, Any], error: Exception) -> None:
+    """Tell the engine ranks of other hosts that this one fails; they may be waiting for it."""
+    group = next((bound.group for bound in _bound.values()), None)
+    if group is None and len(set(control.get("engines", {}).get("hosts", ()))) > 1:
+        group = _group(model, control, _places(control))
+    if group is not None:
+        # The store may be the very thing that failed; the error at hand says more.
+        with suppress(dist.DistError):
+            group.give_up(str(control["round"]), f"{type(error).__name__}: {error}")
+    _forget()
+
+
+def _forget() -> None:
+    for bound in _bound.values():
+        if bound.group is not None:
+            bound.group.close()
+    _bound.clear()
+    close_buffers()
 
 
 def _seed(seed: int) -> None:
@@ -76,24 +129,38 @@ def _seed(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _build_puller(model: nn.Module, control: Mapping[str, Any]) -> Puller:
+def _bind(model: nn.Module, control: Mapping[str, Any]) -> _Bound:
     # Imported here: the module is also imported where no engine runs.
     from mrl.backends.sglang.experts import expert_parallel_size
 
-    tp_rank, tp_size = _tp_rank_and_size()
-    sources = [SourceRank.from_json(source) for source in control["sources"]]
+    sources, places = sources_from_json(control["sources"]), _places(control)
     params = dict(model.named_parameters())
     plan = build_plan(
         ModelSpec.from_json(control["spec"]),
         sources,
         targets_of(params.items()),
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        host=socket.gethostname(),
+        tp_rank=places.tp_rank,
+        tp_size=places.tp_size,
+        host=places.host,
         device=device_number(next(model.parameters()).device),
         ep_size=expert_parallel_size(model),
+        places=places,
     )
-    return Puller(plan, open_sources(plan, sources), params)
+    group = _group(model, control, places) if plan.crosses_hosts else None
+    return _Bound(Delivery(plan, sources, params, places), group)
+
+
+def _places(control: Mapping[str, Any]) -> EnginePlaces:
+    tp_rank, tp_size = _tp_rank_and_size()
+    engines = control.get("engines")
+    if engines is None:
+        return EnginePlaces(hosts=(control["sources"][0]["host"],) * tp_size, tp_size=tp_size, rank=tp_rank)
+    return EnginePlaces(hosts=tuple(engines["hosts"]), tp_size=tp_size, rank=engines["first_rank"] + tp_rank)
+
+
+def _group(model: nn.Module, control: Mapping[str, Any], places: EnginePlaces) -> EngineGroup:
+    meeting = MeetingPoint(**control["engines"]["meeting"])
+    return EngineGroup(meeting, places, next(model.parameters()).device)
 
 
 def _poison(model: nn.Module, control: Mapping[str, Any]) -> None:

@@ -112,7 +112,7 @@ RUN_RULES = (
         reason="trainer.resume_mode is not resume_path",
     ),
     Rule(
-        keys=("trainer.network_interface",),
+        keys=("trainer.network_interface", "trainer.reshard_timeout_s"),
         when=lambda config: config.trainer.nnodes == 1,
         reason=_ONE_HOST,
     ),

@@ -133,3 +133,14 @@ def test_cuda_is_not_assumed():
     with pytest.raises(ValueError, match=r"no CUDA device; set trainer\.device=cpu"):
         choose_device("cuda")
     assert choose_device("auto") == "cpu"
+
+
+def test_weights_on_hosts_without_engines_are_refused_where_no_other_host_holds_them(run_dir):
+    # Eight ranks of TP2 x PP2 x DP2 on two hosts: one stage on each.
+    hosts = ["trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
+    with pytest.raises(ValueError, match=r"num_engines = 1 at TP2 leaves hosts \[1\] .* raise num_engines"):
+        plan(run_dir, *hosts)
+    assert plan(run_dir, *hosts, "actor_rollout_ref.rollout.num_engines=3").num_engines == 3
+    # Without a pipeline the second host's ranks are replicas of the first's.
+    whole = [f"{ACTOR}.megatron.pipeline_model_parallel_size=1", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8"]
+    assert plan(run_dir, *hosts, *whole).num_engines == 1

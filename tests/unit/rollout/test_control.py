@@ -1,0 +1,63 @@
+"""Where engines of several hosts meet, what each is told, and what becomes of a failed update."""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from reshard_cases import make_spec
+
+from mrl.launch.fork import run_ranks
+from mrl.launch.rendezvous import init_process_group
+from mrl.reshard.layout import SourceRank, sources_from_json
+from mrl.rollout.control import UpdateControl
+from mrl.rollout.queue import job_store
+
+SPEC = make_spec()
+
+
+def source(rank, host):
+    return SourceRank(rank=rank, tp_rank=0, tp_size=1, host=host, device=-1, dtype="float32", buffers=(), params=())
+
+
+def controls(scenario, hosts, engine_sizes):
+    """What `scenario(control)` returns on a rank for each of the hosts."""
+    sources = [source(rank, host) for rank, host in enumerate(hosts)]
+
+    def rank_main(env):
+        init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
+        result = scenario(UpdateControl(SPEC, sources, engine_sizes, rank=env.rank, timeout_s=9.0))
+        dist.destroy_process_group()
+        return result
+
+    return sources, run_ranks(rank_main, len(hosts), timeout_s=60)
+
+
+def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
+    sources, messages = controls(lambda control: control.message, ["a", "a", "b", "b"], {0: 1, 2: 2})
+    assert messages[1] == messages[3] == {}
+    for rank, first in ((0, 0), (2, 1)):
+        engines = messages[rank]["engines"]
+        assert (engines["hosts"], engines["first_rank"]) == (["a", "b", "b"], first)
+        assert engines["meeting"]["timeout_s"] == 9.0
+        assert sources_from_json(messages[rank]["sources"]) == sources
+    assert messages[0]["engines"]["meeting"] == messages[2]["engines"]["meeting"]
+
+
+def test_engines_of_one_host_meet_nowhere():
+    _, messages = controls(lambda control: control.message, ["a", "a"], {0: 1, 1: 1})
+    assert all("meeting" not in message["engines"] for message in messages)
+
+
+def test_who_gives_up_is_read_at_the_meeting_and_the_next_one_is_elsewhere():
+    def scenario(control):
+        first = control.message["engines"]["meeting"]["name"]
+        assert control.message is control.message
+        if dist.get_rank() == 1:
+            control.give_up("3.0", "engine b is busy")
+            control.give_up("3.0", "and again")
+        dist.barrier()
+        read = [job_store().get(f"{first}/3.0/{key}").decode() for key in ("verdict", "failure")]
+        control.renew()
+        return read, first != control.message["engines"]["meeting"]["name"]
+
+    _, results = controls(scenario, ["a", "b"], {0: 1, 1: 1})
+    assert results == [(["engine b is busy"] * 2, True)] * 2
