@@ -12,7 +12,7 @@ import pytest
 from mrl.data.rows import read_rows
 from mrl.rewards.rules import compute_score
 
-SCRIPTS = Path(__file__).parents[3] / "examples" / "data_preprocess"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "data_preprocess"
 
 
 def run_script(name, *arguments, home):
