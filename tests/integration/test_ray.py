@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cli_jobs import Command, run_command
 from listening import is_loopback, listening
@@ -141,3 +148,61 @@ def test_a_host_s_own_error_is_the_driver_s(tmp_path):
     assert end.status == 1, lines
     assert end.error is not None
     assert end.error.startswith("model folder /nowhere/model does not exist"), end
+
+
+SLEEPING = """
+import os, sys, time
+sys.path[:] = {path!r}
+from mrl.launch.lifeline import end_with_parent
+from mrl.launch.ray_task import read_config
+read_config()
+end_with_parent(sys.stdin.fileno())
+print("pid", os.getpid(), flush=True)
+time.sleep(600)
+"""
+DRIVER = """
+import sys
+from mrl.config.load import load_config
+from mrl.launch import ray_driver
+from mrl.launch.ray_host import HostActor
+from mrl.observability.console import setup_logging
+
+program = sys.argv[1]
+
+class Other(HostActor):
+    def __init__(self):
+        super().__init__(program)
+
+ray_driver.HostActor = Other
+setup_logging(rank=0)
+sys.exit(ray_driver.launch_on_ray(load_config(sys.argv[2:], "demo")))
+"""
+
+
+@contextmanager
+def running_driver(folder: Path, program: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A driver whose hosts run another program than training; it is gone when the block ends."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, program, *job(folder, *more)[1:]],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "1000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_no_task_outlives_the_driver(tmp_path, joined, sent, status):
+    with running_driver(tmp_path, SLEEPING) as driver:
+        assert driver.stdout is not None
+        task = next(int(line.split()[-1]) for line in driver.stdout if "[host 0] pid" in line)
+        driver.send_signal(sent)
+        assert driver.wait(timeout=120) == status
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(task).wait(timeout=120)
