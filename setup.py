@@ -61,6 +61,7 @@ setup(
     package_data={
         "mrl": ["py.typed"],
         "mrl.configs": ["*.yaml", "*/*.yaml"],
+        "mrl.scale": ["models/*.json"],
         "mrl.csrc": ["*.cpp", "include/mrl/*.h", "cpu/*.cpp", "cuda/*"],
     },
     **extension_options(),

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**16
-"""Of one tensor: 256 KiB of float32."""
+"""Of one tensor and for each thread that shares the work: 256 KiB of float32."""
 
 
 def row_blocks(shape: torch.Size) -> Iterator[slice]:
     """Slices of the rows of [B, T], in order, each of about as many elements as a cache holds."""
-    rows = max(1, _BLOCK_ELEMENTS // max(1, shape[1]))
+    rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // max(1, shape[1]))
     for first in range(0, shape[0], rows):
         yield slice(first, first + rows)
 

@@ -150,6 +150,45 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     )
 
 
+@dataclass(kw_only=True, frozen=True)
+class ShapePlan:
+    """What of a job follows from its configuration and the actor's shape alone."""
+
+    actor: RolePlan
+    critic: RolePlan | None
+    reference: RolePlan | None
+    num_engines: int
+    memory: MemoryPlan
+
+
+def plan_shape(config: PPOConfig, machine: Machine, spec: ModelSpec) -> ShapePlan:
+    """The layouts and the memory of a job whose actor, critic and reference all have the shape `spec`.
+
+    Looks at no file: there need be no model, data or tokenizer.
+
+    Raises:
+        ValueError: as `plan_run`.
+    """
+
+    def plan_role(section: str, megatron: MegatronConfig, *, trained: bool) -> RolePlan:
+        return _plan_role(config, section, megatron, Path(), machine, trained=trained, spec=spec)
+
+    shared = config.actor_rollout_ref
+    actor = plan_role("actor_rollout_ref.actor", shared.actor.megatron, trained=True)
+    critic = plan_role("critic", config.critic.megatron, trained=True) if config.needs_critic else None
+    reference = None
+    if config.needs_reference:
+        reference = plan_role("actor_rollout_ref.ref", shared.ref.megatron, trained=False)
+    num_engines = _count_engines(config, spec, machine.device)
+    return ShapePlan(
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        num_engines=num_engines,
+        memory=_plan_memory(config, machine, actor, critic, reference, None, num_engines=num_engines),
+    )
+
+
 def run_folder(config: PPOConfig) -> Path:
     """Where the run's outputs are."""
     return Path(config.trainer.default_local_dir).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""`mrl plan`: what a configuration resolves to, without running it and without the GPUs it is for."""
+"""`mrl plan`: what a configuration, or a model's shape in given layouts, resolves to, without the GPUs it is for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import psutil
 from mrl.config.errors import ConfigError
 from mrl.config.load import load_config
 from mrl.observability.console import setup_logging, show_table
+from mrl.scale.command import add_arguments, check_shape_options, read_request, show_shape
 from mrl.trainer.machine import Machine, find_machine
 from mrl.trainer.plan import plan_run
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     setup_logging(rank=0)
     try:
+        if arguments.model is not None:
+            show_shape(read_request(arguments))
+            return 0
+        check_shape_options(arguments)
         config = load_config(arguments.overrides, arguments.config_name)
         machine = _machine(arguments.gpu_memory_gib, arguments.host_memory_gib, config.trainer.device)
         plan = plan_run(config, machine)
@@ -47,9 +52,17 @@ def _machine(gpu_gib: float | None, host_gib: float | None, requested: str) -> M
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mrl plan", description="Show what a configuration resolves to")
+    parser = argparse.ArgumentParser(
+        prog="mrl plan",
+        description=(
+            "Show what a configuration resolves to, or, with --model, what a job of that shape needs and moves"
+        ),
+    )
     parser.add_argument("--config-name", default="ppo_megatron_trainer", help="file of configs/ to start from")
-    parser.add_argument("--gpu-memory-gib", type=float, help="plan for GPUs of this size, whatever this machine has")
-    parser.add_argument("--host-memory-gib", type=float, help="main memory of each host; by default this one's")
+    parser.add_argument("--gpu-memory-gib", type=float, help="plan for GPUs of this size; with --model 80")
+    parser.add_argument(
+        "--host-memory-gib", type=float, help="main memory of each host; by default this one's, with --model 2048"
+    )
+    add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="those of the training command")
     return parser

@@ -16,6 +16,7 @@ FORBIDDEN = {
     "mrl/backends/sglang": ["megatron", "mrl.algorithms", "mrl.config"],
     "mrl/reshard": ["torch.distributed", "megatron", "sglang", "mrl.config", "mrl.trainer"],
     "mrl/convert": ["torch.cuda", "megatron", "sglang", "mrl.config", "mrl.backends", "mrl.algorithms", "mrl.rollout"],
+    "mrl/scale": ["torch.distributed", "torch.cuda", "megatron", "sglang", "mrl.backends"],
     "mrl/data": ["torch.distributed", "torch.cuda", "megatron", "sglang", "mrl.backends"],
     "mrl/rewards": ["torch.distributed", "torch.cuda", "megatron", "sglang", "mrl.backends"],
 }

@@ -1,0 +1,121 @@
+"""Sizes of a reshard from the plans of a few ranks, against the plans of all."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.layout import as_matrix
+from mrl.reshard.plan import build_plan
+from mrl.reshard.routes import EnginePlaces
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec
+from mrl.scale.exports import engine_params, host_name, trainer_exports
+from mrl.scale.traffic import Job, plan_traffic
+
+DENSE = ModelSpec(
+    family="llama",
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    attention_bias=False,
+)
+EXPERTS = dataclasses.replace(
+    DENSE,
+    family="qwen3_moe",
+    qk_layernorm=True,
+    moe=MixtureOfExperts(num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
+)
+SIZES = ("bytes", "local_bytes", "same_host_bytes", "remote_bytes", "fills", "fill_bytes")
+
+
+def job(spec, *, world_size, rollout_tp=2, rollout_ep=1, gpus_per_host=4, **axes):
+    return Job(
+        spec=spec,
+        layout=ParallelLayout(world_size=world_size, **axes),
+        rollout_tp=rollout_tp,
+        rollout_ep=rollout_ep,
+        num_engines=world_size // rollout_tp,
+        gpus_per_host=gpus_per_host,
+        dtype=torch.bfloat16,
+    )
+
+
+JOBS = {
+    "stages on hosts of their own": job(DENSE, world_size=32, tp=2, pp=4),
+    "stages that share hosts": job(DENSE, world_size=32, pp=4, rollout_tp=4, gpus_per_host=16),
+    "engines over two hosts": job(DENSE, world_size=32, tp=2, pp=2, rollout_tp=8),
+    "experts": job(EXPERTS, world_size=16, tp=2, pp=2, ep=4, rollout_tp=4, rollout_ep=2),
+}
+
+
+def plans(job):
+    sources = trainer_exports(job.spec, job.layout, dtype=job.dtype, gpus_per_host=job.gpus_per_host)
+    targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
+    ranks = job.num_engines * job.rollout_tp
+    hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(ranks))
+    return [
+        build_plan(
+            job.spec,
+            sources,
+            targets,
+            tp_rank=rank % job.rollout_tp,
+            tp_size=job.rollout_tp,
+            ep_size=job.rollout_ep,
+            host=hosts[rank],
+            device=rank % job.gpus_per_host,
+            places=EnginePlaces(hosts=hosts, tp_size=job.rollout_tp, rank=rank),
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_ranks_of_a_group_move_what_its_first_one_moves(case):
+    traffic, each = plan_traffic(JOBS[case]), plans(JOBS[case])
+    assert sorted(rank for group in traffic.groups for rank in group.ranks) == list(range(len(each)))
+    assert len(traffic.groups) < len(each)
+    for group in traffic.groups:
+        for rank in group.ranks:
+            for size in SIZES:
+                assert getattr(each[rank].stats, size) == getattr(group.stats, size), (rank, size)
+    for size in SIZES[:4]:
+        assert traffic.mean(size) * len(each) == pytest.approx(sum(getattr(plan.stats, size) for plan in each))
+    assert sum(plan.stats.sent_bytes for plan in each) == sum(plan.stats.remote_bytes for plan in each)
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_every_engine_gets_the_whole_model(case):
+    given = JOBS[case]
+    traffic = plan_traffic(given)
+    params = engine_params(given.spec, tp=given.rollout_tp, ep=given.rollout_ep, dtype=given.dtype)
+    held = sum(as_matrix(param.shape)[0] * as_matrix(param.shape)[1] * 2 for param in params)
+    assert traffic.mean("bytes") + traffic.mean("fill_bytes") == held
+
+
+def test_traffic_of_a_hand_worked_case():
+    # Two hosts of two GPUs, one stage each; every engine rank is beside half of the layers. A layer's q, k, v and o
+    # rows, gate, up and down are 32 x (32 + 8 + 8 + 32 + 3 x 64), its norms 2 x 32.
+    traffic = plan_traffic(job(DENSE, world_size=4, pp=2, rollout_tp=1, gpus_per_host=2))
+    layer, matrix, norm = 32 * 272 + 64, 256 * 32, 32
+    near_first, near_last = 2 * layer + matrix, 2 * layer + matrix + norm
+    assert [group.ranks for group in traffic.groups] == [(0, 1), (2, 3)]
+    moved = [(group.stats.local_bytes, group.stats.remote_bytes) for group in traffic.groups]
+    assert moved == [(2 * near_first, 2 * near_last), (2 * near_last, 2 * near_first)]
+    assert traffic.mean("same_host_bytes") == 0
+
+
+def test_a_sample_of_the_groups_is_the_same_each_time_and_says_how_many_there_are():
+    given = JOBS["stages on hosts of their own"]
+    sample = plan_traffic(given, most_groups=3)
+    assert (len(sample.groups), sample.num_ranks) == (3, 32)
+    assert sample.num_groups == len(plan_traffic(given).groups)
+    assert sample == plan_traffic(given, most_groups=3)
