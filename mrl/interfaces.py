@@ -205,3 +205,7 @@ class RewardFn(Protocol):
 
 class RewardError(RuntimeError):
     """A reward function raised or returned something that is not a finite number."""
+
+
+USER_ERRORS = (ValueError, EngineError, RewardError)
+"""Errors whose message alone tells a user what to do; the same run would fail again."""

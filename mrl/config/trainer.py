@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mrl.config.checks import at_least, more_than
 from mrl.config.errors import ConfigError
+from mrl.config.frozen import FrozenDict
 from mrl.config.section import Section
+
+PHASES = (
+    "start",
+    "rollout",
+    "reward",
+    "switch",
+    "reward_model",
+    "log_prob",
+    "ref_log_prob",
+    "value",
+    "advantage",
+    "update_critic",
+    "update_actor",
+    "save",
+    "reshard",
+    "validation",
+    "step",
+    "loop",
+)
+"""What a run is always in one of, the innermost that is open; `step` and `loop` lie between the others."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -76,7 +98,13 @@ class TrainerConfig(Section):
     reshard_timeout_s: float = 600.0
     """Longest exchange of weights between hosts in one update, in seconds; at most `engine_call_timeout_s`."""
     phase_timeout_s: float = 3600.0
-    """Longest phase of a step, in seconds; then the ranks that are missing are named."""
+    """Longest phase of a run, in seconds; then the run ends with a report of what each rank was doing."""
+    phase_timeouts_s: Mapping[str, float] = field(default_factory=FrozenDict)
+    """The same for single phases by name, such as `{rollout: 7200}`; the names are those of the `time/` metrics, and
+    start, validation, step and loop (between the phases of a step, and between steps)."""
+    max_restarts: int = 0
+    """Times that a run whose ranks died or hang is started again from its last checkpoint, on the same hosts. Errors
+    that name what to change end it at once."""
 
     @property
     def world_size(self) -> int:
@@ -91,7 +119,8 @@ class TrainerConfig(Section):
     def check(self) -> None:
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
-        at_least(self, 0, "critic_warmup", "log_val_generations")
+        at_least(self, 0, "critic_warmup", "log_val_generations", "max_restarts")
+        self._check_phase_timeouts()
         more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s", "reshard_timeout_s")
         if self.nnodes > 1 and self.reshard_timeout_s > self.engine_call_timeout_s:
             raise ConfigError(
@@ -104,9 +133,21 @@ class TrainerConfig(Section):
             raise ConfigError(f"launcher = local starts ranks on one host, but nnodes = {self.nnodes}; use torchrun")
         if self.resume_mode == "resume_path" and self.resume_from_path is None:
             raise ConfigError("resume_mode = resume_path needs resume_from_path, which is null")
+        if self.max_restarts and (self.resume_mode != "auto" or self.save_freq <= 0):
+            raise ConfigError(
+                f"max_restarts = {self.max_restarts} continues from checkpoints of the run itself, which needs "
+                f"save_freq > 0 and resume_mode = auto, not {self.save_freq} and {self.resume_mode}"
+            )
         steps = self.total_training_steps
         if steps is not None and self.critic_warmup >= steps and not self.val_only:
             raise ConfigError(
                 f"critic_warmup = {self.critic_warmup} leaves no step for the actor in total_training_steps = {steps}; "
                 "lower it"
             )
+
+    def _check_phase_timeouts(self) -> None:
+        for phase, seconds in self.phase_timeouts_s.items():
+            if phase not in PHASES:
+                raise ConfigError(f"phase_timeouts_s names phase {phase!r}; there are {', '.join(PHASES)}")
+            if seconds <= 0:
+                raise ConfigError(f"phase_timeouts_s.{phase} = {seconds} must be above 0")

@@ -28,6 +28,8 @@ class RankEnvironment:
     node_rank: int = 0
     host_address: str = LOOPBACK
     """Under which the other hosts reach this rank's host."""
+    attempt: int = 0
+    """How often the job's tasks have started their ranks again; ranks of one attempt meet each other only."""
 
     def export(self) -> None:
         """Set what torch, gloo, NCCL and the engines read in this process; a user's choice of interface stays."""

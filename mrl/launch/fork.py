@@ -22,6 +22,7 @@ from multiprocessing.context import ForkProcess
 from typing import Any
 
 from mrl.launch.addresses import LOOPBACK
+from mrl.launch.board import is_echo
 from mrl.launch.environment import RankEnvironment, host_environments
 from mrl.launch.store import serve_store
 
@@ -38,9 +39,11 @@ RankMain = Callable[[RankEnvironment], Any]
 class RankFailure(RuntimeError):
     """A rank ended with an error or died; the message is the first failing rank's own."""
 
-    def __init__(self, rank: int, message: str, *, user_error: bool) -> None:
+    def __init__(self, rank: int, message: str, *, user_error: bool, died: bool) -> None:
         super().__init__(message)
         self.rank = rank
+        self.died = died
+        """Whether it ended without a word."""
         self.user_error = user_error
         """True where the message alone tells a user what to do; a traceback would only hide it."""
 
@@ -72,11 +75,15 @@ def run_host_ranks(
     *,
     timeout_s: float | None = None,
     user_errors: tuple[type, ...] = (ValueError,),
+    on_failure: Callable[[RankFailure], None] | None = None,
 ) -> list[Any]:
     """Run `rank_main` in a forked process for each of this host's ranks and return their results in that order.
 
     When a rank fails, the others are stopped: SIGTERM, then SIGKILL after a grace period. SIGINT and SIGTERM to this
     process stop all of them too. No child outlives this call or this process.
+
+    Args:
+        on_failure: called with the failure before the other ranks are stopped.
 
     Raises:
         RankFailure: the first rank that failed, with its own error.
@@ -90,6 +97,10 @@ def run_host_ranks(
                 for env in environments:
                     ranks.append(_fork(rank_main, env, user_errors))
             _collect(ranks, timeout_s)
+        except RankFailure as failure:
+            if on_failure is not None:
+                on_failure(failure)
+            raise
         finally:
             _stop(ranks)
     return [rank.outcome[1] for rank in ranks if rank.outcome is not None]
@@ -193,17 +204,12 @@ def _failure(number: int, kind: str, detail: Any) -> RankFailure:
         detail = f"rank {number} died with exit status {detail} (negative: killed by that signal)"
     elif kind == "stopped":
         detail = f"rank {number} was stopped (exit status {detail})"
-    return RankFailure(number, str(detail), user_error=kind == "user_error")
+    return RankFailure(number, str(detail), user_error=kind == "user_error", died=kind == "died")
 
 
 def _blame(failure: RankFailure) -> tuple[bool, bool, int]:
     """Sorts the error that caused the others first: one meant for the user, then any but a broken connection."""
     return not failure.user_error, is_echo(str(failure)), failure.rank
-
-
-def is_echo(error: str) -> bool:
-    """Whether an error only says that another rank has gone."""
-    return any(mark in error for mark in ("onnection closed by peer", "onnection reset by peer", "DistBackendError"))
 
 
 def _stop(ranks: list[_Rank]) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mrl.launch.fork import is_echo
+from mrl.launch.board import is_echo
 from mrl.launch.ray_cluster import Host
 from mrl.launch.ray_host import TaskEnd, TaskSpec
 from mrl.observability.console import CONSOLE

@@ -19,5 +19,5 @@ def init_process_group(
         store: this rank's client of the job's store; None makes one.
     """
     store = store or connect_store(env.master_addr, env.master_port, timeout=timeout)
-    ranks = dist.PrefixStore("ranks", store)
+    ranks = dist.PrefixStore(f"ranks/{env.attempt}", store)
     dist.init_process_group(backend, store=ranks, rank=env.rank, world_size=env.world_size, timeout=timeout)

@@ -13,11 +13,13 @@ from functools import cache, partial
 from mrl.config.inert import find_inert_on_cpu, find_inert_without_ray
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
-from mrl.interfaces import EngineError, RewardError
+from mrl.interfaces import USER_ERRORS
+from mrl.launch.board import PeerFailedError
 from mrl.launch.environment import RankEnvironment, detect_launcher, read_task
-from mrl.launch.fork import RankFailure, run_host_ranks
+from mrl.launch.fork import RankMain
 from mrl.launch.hosts import Job, join_job
 from mrl.launch.ray_driver import launch_on_ray
+from mrl.launch.restart import RunFailed, run_with_restarts
 from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
@@ -26,9 +28,6 @@ from mrl.trainer.resume import set_aside_history
 from mrl.trainer.run_folder import claim_run_folder
 
 logger = logging.getLogger(__name__)
-
-USER_ERRORS = (ValueError, EngineError, RewardError)
-"""Errors whose message alone tells a user what to do."""
 
 
 def launch(config: PPOConfig) -> int:
@@ -57,7 +56,7 @@ def launch(config: PPOConfig) -> int:
             if status == 0:
                 job.leave()
             return status
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, PeerFailedError) as error:
         logger.error("%s", error)
         return 1
 
@@ -77,30 +76,46 @@ def _launch_host(config: PPOConfig, job: Job) -> int:
     start = time.perf_counter()
     first = job.ranks[0].rank
     setup_logging(rank=first)
+    try:
+        run_with_restarts(
+            partial(_prepare_host, config, job),
+            job.ranks,
+            max_restarts=config.trainer.max_restarts,
+            user_errors=USER_ERRORS,
+        )
+    except RunFailed as failure:
+        logger.error("%s", failure)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; all ranks are stopped, %s keeps what was written", run_folder(config))
+        return 130
+    if first == 0:
+        show_table("Result", summarize_run(run_folder(config), wall_s=time.perf_counter() - start))
+    return 0
+
+
+def _prepare_host(config: PPOConfig, job: Job) -> RankMain:
+    """What each rank of this host runs, continuing from the newest checkpoint that there is now."""
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
-    if first == 0:
+    if job.ranks[0].rank == 0:
         _announce(config, plan)
     logger.info("importing Megatron and SGLang, then forking %d ranks", len(job.ranks))
     if plan.device == "cpu":
         # Not with GPUs: the imports create a CUDA context, which no forked process could use.
         _preload()
-    try:
-        run_host_ranks(partial(_run_rank, config, plan, inputs), job.ranks, user_errors=USER_ERRORS)
-    except RankFailure as failure:
-        logger.error("rank %d: %s", failure.rank, failure)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; all ranks are stopped, %s keeps what was written", plan.run_dir)
-        return 130
-    if first == 0:
-        show_table("Result", summarize_run(plan.run_dir, wall_s=time.perf_counter() - start))
-    return 0
+    return partial(_run_rank, config, plan, inputs)
 
 
 def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     setup_logging(rank=env.rank)
     env.export()
+    if config.trainer.max_restarts and env.rank == 0:
+        logger.warning(
+            "trainer.max_restarts = %d does not act: each rank was started by itself, so the launcher has to do it "
+            "(torchrun --max-restarts), or start one task per host",
+            config.trainer.max_restarts,
+        )
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:

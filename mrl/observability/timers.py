@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+OUTSIDE = "loop"
+"""The phase between all others."""
 
 
 class PhaseTimer:
-    """Adds up seconds per phase until they are taken."""
+    """Adds up seconds per phase until they are taken.
 
-    def __init__(self) -> None:
+    Args:
+        watch: called with the phase that begins, or goes on because one inside it has ended.
+    """
+
+    def __init__(self, watch: Callable[[str], None] | None = None) -> None:
         self._seconds: dict[str, float] = {}
+        self._watch = watch
+        self._open = [OUTSIDE]
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the time of the `with` block towards `phase`; an exception counts too."""
         start = time.perf_counter()
         try:
-            yield
+            with self.watched(phase):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def watched(self, phase: str) -> Iterator[None]:
+        """Have the `with` block watched as `phase`, without counting its time."""
+        self._open.append(phase)
+        self._tell()
+        try:
+            yield
+        finally:
+            self._open.pop()
+        # Not after an exception: the phase that failed is what a report should name.
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._watch is not None:
+            self._watch(self._open[-1])
 
     def take(self) -> dict[str, float]:
         """`time/<phase>_s` of every phase since the last call."""

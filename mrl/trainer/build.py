@@ -15,9 +15,13 @@ from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
 from mrl.config.schema import PPOConfig
+from mrl.interfaces import USER_ERRORS
 from mrl.launch.environment import RankEnvironment
+from mrl.launch.watchdog import Watchdog
 from mrl.observability.console import setup_logging
 from mrl.observability.memory import device_memory_in_use_gib
+from mrl.observability.speed import SpeedWatch, time_matmul
+from mrl.observability.timers import PhaseTimer
 from mrl.observability.trackers import TrackerList, build_trackers
 from mrl.reshard.hf_export import copy_model_files
 from mrl.rollout.colocated import ColocatedRollout
@@ -42,6 +46,7 @@ from mrl.trainer.settings import (
     group_filter,
     loop_settings,
     overlong_penalty,
+    phase_deadlines,
     policy_objective,
     train_sampling,
     val_sampling,
@@ -65,12 +70,14 @@ def build_trainer(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: Rank
 
     Called by all ranks.
     """
-    with ExitStack() as stack:
-        part = start_rank(config, plan, env)
+    watchdog = Watchdog(env, phase_deadlines(config), run_dir=plan.run_dir, user_errors=USER_ERRORS)
+    # The watchdog is the first to hear of an error: the others have to know it before their connections break.
+    with ExitStack() as stack, watchdog:
+        part = start_rank(config, plan, env, watchdog)
         if part is not None:
             stack.callback(part.shutdown)
         stack.callback(dist.destroy_process_group)
-        yield _Builder(config, plan, inputs, env, stack).build(part)
+        yield _Builder(config, plan, inputs, env, stack, PhaseTimer(watchdog.enter)).build(part)
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,20 @@ class _Builder:
     """What the parts of one rank's trainer are built from; whatever needs closing goes on the stack."""
 
     def __init__(
-        self, config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvironment, stack: ExitStack
+        self,
+        config: PPOConfig,
+        plan: RunPlan,
+        inputs: RunInputs,
+        env: RankEnvironment,
+        stack: ExitStack,
+        timer: PhaseTimer,
     ) -> None:
         self._config = config
         self._plan = plan
         self._inputs = inputs
         self._env = env
         self._stack = stack
+        self._timer = timer
         self._total_steps = count_steps(config, inputs.prompts)
 
     def build(self, part: SGLangEngine | EngineFollower | None) -> PPOTrainer:
@@ -112,6 +126,7 @@ class _Builder:
             roles=roles.present(),
             engine_tags=engine_tags(config, plan),
             allocated_gib=device_memory_in_use_gib,
+            timer=self._timer,
         )
         reward_model = self._reward_model(roles)
         trainer = PPOTrainer(
@@ -143,6 +158,7 @@ class _Builder:
             sample_writer=self._sample_writer(config.trainer.rollout_data_dir, "train"),
             trackers=self._trackers(),
             checkpointer=checkpointer,
+            compare_speed=SpeedWatch(partial(time_matmul, plan.device)),
         )
         state = checkpointer.load(plan.resume)
         if state is not None:

@@ -17,16 +17,22 @@ from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.rendezvous import init_process_group
+from mrl.launch.watchdog import Watchdog
 from mrl.trainer.phases import ENGINE_TAGS
 from mrl.trainer.plan import RunPlan
 
+_BEYOND_PHASES_S = 120.0
+"""How much longer a collective may take than the longest phase: the watchdog knows more about what is missing."""
 
-def start_rank(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> SGLangEngine | EngineFollower | None:
-    """This rank's engine, or its part of one that another host leads, and torch.distributed.
+
+def start_rank(
+    config: PPOConfig, plan: RunPlan, env: RankEnvironment, watchdog: Watchdog
+) -> SGLangEngine | EngineFollower | None:
+    """This rank's engine, or its part of one that another host leads, and torch.distributed; the watchdog then watches.
 
     An engine forks its processes, so it comes first; the process group forms while they load.
     """
-    join = partial(_init_process_group, config, plan, env)
+    join = partial(_join, plan, env, watchdog)
     part = engine_part(plan, env)
     if part is None:
         join()
@@ -48,7 +54,7 @@ def engine_part(plan: RunPlan, env: RankEnvironment) -> EnginePart | None:
     if index >= plan.num_engines or place % min(plan.rollout_tp, env.local_world_size):
         return None
     return EnginePart(
-        name=f"engine/{index}",
+        name=f"engine/{env.attempt}/{index}",
         store_host=env.master_addr,
         store_port=env.master_port,
         num_hosts=max(1, plan.rollout_tp // env.local_world_size),
@@ -56,12 +62,14 @@ def engine_part(plan: RunPlan, env: RankEnvironment) -> EnginePart | None:
     )
 
 
-def _init_process_group(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> None:
+def _join(plan: RunPlan, env: RankEnvironment, watchdog: Watchdog) -> None:
     backend = "gloo"
     if plan.device == "cuda":
         torch.cuda.set_device(env.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    init_process_group(env, backend=backend, timeout=timedelta(seconds=config.trainer.phase_timeout_s))
+    timeout = timedelta(seconds=watchdog.deadlines.longest_s + _BEYOND_PHASES_S)
+    init_process_group(env, backend=backend, timeout=timeout)
+    watchdog.start()
 
 
 def _start_engine(

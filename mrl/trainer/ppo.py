@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -86,6 +87,8 @@ class PPOTrainer:
     sample_writer: SampleWriter
     trackers: TrackerList
     checkpointer: Checkpointer | None = None
+    compare_speed: Callable[[], Metrics] = dict
+    """Metrics of how the ranks' speed compares, taken once a step."""
 
     def __post_init__(self) -> None:
         self._timer = self.phases.timer
@@ -96,20 +99,21 @@ class PPOTrainer:
         settings, completed = self.settings, self._completed_steps
         reshard = self.phases.to_rollout()
         if settings.val_only or (settings.val_before_train and completed == 0):
-            self.trackers.log({**self.validator.run(step=completed), **reshard}, step=completed)
+            self.trackers.log({**self._validate(completed), **reshard}, step=completed)
         elif completed and self._validates_at(completed):
             # The engine's random numbers and cached prefixes after it are what the next rollout began with.
-            self.validator.run(step=completed)
+            self._validate(completed)
         if settings.val_only:
             return reshard
         metrics: Metrics = {}
         for step in range(completed + 1, settings.total_steps + 1):
             metrics = self.step(step)
             if self._validates_at(step):
-                metrics |= self.validator.run(step=step)
+                metrics |= self._validate(step)
             self.trackers.log(metrics, step=step)
         if self.checkpointer is not None:
-            self.checkpointer.finish()
+            with self._timer.watched("save"):
+                self.checkpointer.finish()
         return metrics
 
     def state(self, *, step: int) -> LoopState:
@@ -154,6 +158,7 @@ class PPOTrainer:
             if step > self.settings.critic_warmup:
                 metrics |= self._update_actor(batch, step=step)
             self._save_if_due(step)
+            metrics |= self.compare_speed()
             metrics |= self.phases.to_rollout()
         return metrics | self._timer.take() | {"memory/peak_gib": peak_memory_gib()}
 
@@ -202,10 +207,15 @@ class PPOTrainer:
         """Save while the trainer has the devices: roles may give their state back for the rollout."""
         if self.checkpointer is None:
             return
-        self.checkpointer.publish_if_written()
+        with self._timer.watched("save"):
+            self.checkpointer.publish_if_written()
         if self.checkpointer.is_due(step):
             with self._timer("save"):
                 self.checkpointer.save(self.state(step=step))
+
+    def _validate(self, step: int) -> Metrics:
+        with self._timer.watched("validation"):
+            return self.validator.run(step=step)
 
     def _validates_at(self, step: int) -> bool:
         settings = self.settings

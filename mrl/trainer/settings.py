@@ -14,6 +14,7 @@ from mrl.algorithms.rollout_correction import Divergence, Rejection, RolloutCorr
 from mrl.config.algorithm import GREEDY_ESTIMATORS, KLCtrlConfig
 from mrl.config.rollout_correction import Bounds, RolloutCorrectionConfig
 from mrl.config.schema import PPOConfig
+from mrl.launch.watchdog import Deadlines
 from mrl.rewards.overlong import OverlongPenalty
 from mrl.trainer.advantages import AdvantageStage
 from mrl.trainer.correction import CorrectionStage
@@ -32,6 +33,11 @@ def loop_settings(config: PPOConfig, total_steps: int) -> LoopSettings:
         val_before_train=trainer.val_before_train,
         val_only=trainer.val_only,
     )
+
+
+def phase_deadlines(config: PPOConfig) -> Deadlines:
+    """How long each phase may take."""
+    return Deadlines(default_s=config.trainer.phase_timeout_s, of_phase_s=config.trainer.phase_timeouts_s)
 
 
 def train_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams:

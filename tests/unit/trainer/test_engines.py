@@ -24,18 +24,18 @@ def parts(*, hosts, ranks_per_host, tp, num_engines):
 
 def test_an_engine_within_a_host_is_started_by_its_first_rank():
     assert parts(hosts=2, ranks_per_host=4, tp=2, num_engines=3) == [
-        (0, "engine/0", 0, 1),
-        (2, "engine/1", 0, 1),
-        (4, "engine/2", 0, 1),
+        (0, "engine/0/0", 0, 1),
+        (2, "engine/0/1", 0, 1),
+        (4, "engine/0/2", 0, 1),
     ]
 
 
 def test_an_engine_over_hosts_is_started_by_the_first_rank_on_each():
     assert parts(hosts=4, ranks_per_host=2, tp=4, num_engines=2) == [
-        (0, "engine/0", 0, 2),
-        (2, "engine/0", 1, 2),
-        (4, "engine/1", 0, 2),
-        (6, "engine/1", 1, 2),
+        (0, "engine/0/0", 0, 2),
+        (2, "engine/0/0", 1, 2),
+        (4, "engine/0/1", 0, 2),
+        (6, "engine/0/1", 1, 2),
     ]
     assert [rank for rank, *_ in parts(hosts=4, ranks_per_host=2, tp=4, num_engines=1)] == [0, 2]
 
