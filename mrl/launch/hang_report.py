@@ -81,7 +81,8 @@ def format_stacks(records: Mapping[int, Record]) -> str:
 
 def kill_silent(board: FailureBoard, env: RankEnvironment) -> None:
     """Kill this machine's ranks that left no record: stopped or stuck, they would not end by themselves."""
-    for rank in range(env.world_size):
+    first = env.node_rank * env.local_world_size
+    for rank in range(first, first + env.local_world_size):
         process = board.get(f"process/{rank}")
         if process is None or board.get(f"record/{rank}") is not None or process["machine"] != _machine():
             continue

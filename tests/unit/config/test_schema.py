@@ -166,6 +166,17 @@ def test_the_key_table_is_up_to_date():
         ("data.train_files=[]", r"data\.train_files is empty"),
         ("trainer.launcher=local trainer.nnodes=2", r"trainer\.launcher = local .* nnodes = 2"),
         ("trainer.resume_mode=resume_path", r"trainer\.resume_mode = resume_path needs resume_from_path"),
+        ("trainer.max_restarts=1", r"trainer\.max_restarts = 1 .* needs save_freq > 0 .*, not -1 and auto"),
+        (
+            "trainer.max_restarts=1 trainer.save_freq=1 trainer.resume_mode=disable",
+            r"resume_mode = auto, not 1 and disable",
+        ),
+        (
+            "trainer.phase_timeouts_s={rolout:60}",
+            r"trainer\.phase_timeouts_s names phase 'rolout'; there are start",
+        ),
+        ("trainer.phase_timeouts_s={rollout:0}", r"trainer\.phase_timeouts_s\.rollout = 0 must be above 0"),
+        ("actor_rollout_ref.rollout.max_engine_restarts=-1", r"max_engine_restarts = -1 must be at least 0"),
         ("trainer.max_actor_ckpt_to_keep=0", r"trainer\.max_actor_ckpt_to_keep = 0 must be at least 1"),
         (
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",
