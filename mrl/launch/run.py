@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
 
+from tqdm import tqdm
+
 from mrl.config.inert import find_inert_on_cpu, find_inert_without_ray
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
@@ -66,6 +68,8 @@ def _prepare_process() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Megatron relies on one hardware queue to start communication before the matmul it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Its thread, which only redraws stalled bars, would be in the way of forks.
+    tqdm.monitor_interval = 0
     # The engines' own remarks, once per rank, on things that no user of this package can change.
     for package in ("megatron", "sglang", "torchao", "transformers", "torch"):
         warnings.filterwarnings("ignore", module=rf"{package}\.")

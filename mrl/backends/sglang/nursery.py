@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import logging
 import os
 import select
 import signal
@@ -24,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("!Q")
@@ -39,14 +42,13 @@ _received: list[int] = []
 class Nursery:
     """A single-threaded process that forks others for this one; all of them die with the thread that made it.
 
-    Raises:
-        RuntimeError: this process already has threads.
+    Make it before this process has threads: what they hold at that moment stays held in the nursery and its children.
     """
 
     def __init__(self) -> None:
         if threading.active_count() > 1:
             names = ", ".join(thread.name for thread in threading.enumerate())
-            raise RuntimeError(f"the nursery must be forked before threads start, but there are {names}")
+            logger.warning("engines are forked from a process with threads (%s); they may hang in their start", names)
         mine, its = socket.socketpair()
         parent = os.getpid()
         self._pid = os.fork()
