@@ -43,15 +43,23 @@ def launch_on_ray(config: PPOConfig) -> int:
 
 
 def _run(config: PPOConfig, *, may_grow: bool) -> int:
-    timeout_s = config.trainer.ray_wait_register_center_timeout
-    with reserved_hosts(_request(config), timeout_s=timeout_s, may_grow=may_grow) as reservation:
-        tasks = _prepare(config, reservation)
-        show_table("Hosts", [(str(task.host), f"log {task.spec.log}") for task in tasks])
-        failed = follow_tasks(tasks)
-    if failed is None:
-        return 0
-    logger.error("%s: %s", failed.host, failed.explain())
-    return max(1, failed.status)
+    """Run on hosts of the cluster; on those that there are then, once more where one was lost.
+
+    Ranks that die are started again by their own host's task, as under every launcher.
+    """
+    timeout_s, restarts = config.trainer.ray_wait_register_center_timeout, config.trainer.max_restarts
+    for attempt in range(restarts + 1):
+        with reserved_hosts(_request(config), timeout_s=timeout_s, may_grow=may_grow) as reservation:
+            tasks = _prepare(config, reservation)
+            show_table("Hosts", [(str(task.host), f"log {task.spec.log}") for task in tasks])
+            failed = follow_tasks(tasks)
+        if failed is None:
+            return 0
+        logger.error("%s: %s", failed.host, failed.explain())
+        if not failed.lost or attempt == restarts:
+            return max(1, failed.status)
+        logger.warning("a host was lost: restart %d of %d, from the last checkpoint", attempt + 1, restarts)
+    raise AssertionError("unreachable: the last attempt returns")
 
 
 def _request(config: PPOConfig) -> HostRequest:

@@ -30,6 +30,8 @@ class HostTask:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._end: TaskEnd | None = None
         self._stream: Any = None
+        self.lost = False
+        """Whether the host or its task died, so that on other hosts, or in another attempt, all may be well."""
 
     @staticmethod
     def prefix(host: Host) -> str:
@@ -73,8 +75,10 @@ class HostTask:
             item = ray.get(next(self._stream))
         except ray.exceptions.RayError as error:
             item = TaskEnd(status=1, error=_explain(error))
+            self.lost = not isinstance(error, ray.exceptions.RayTaskError)
         if isinstance(item, TaskEnd):
             self._end = item
+            self.lost = self.lost or (item.status < 0 and item.error is None)
             return True
         self._tail.extend(item)
         for line in item:
@@ -97,7 +101,7 @@ def follow_tasks(tasks: Sequence[HostTask]) -> HostTask | None:
         if failures:
             _receive(running, ended, lambda: any(task.failed and not task.is_echo for task in ended), _ECHO_S)
             failures = [task for task in ended if task.failed]
-        return min(failures, key=lambda task: task.is_echo, default=None)
+        return min(failures, key=lambda task: (not task.lost, task.is_echo), default=None)
     finally:
         try:
             for task in running.values():

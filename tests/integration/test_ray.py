@@ -160,6 +160,19 @@ end_with_parent(sys.stdin.fileno())
 print("pid", os.getpid(), flush=True)
 time.sleep(600)
 """
+LOSING = """
+import os, signal, sys, time
+if os.path.exists("lost"):
+    sys.exit(0)
+if os.environ["MRL_NODE_RANK"] == "0":
+    open("started", "w").close()
+    time.sleep(600)
+while not os.path.exists("started"):
+    time.sleep(0.01)
+open("lost", "w").close()
+os.kill(os.getppid(), signal.SIGKILL)
+"""
+"""A task of which the second host loses its actor, once the first host's runs; the next attempt ends well."""
 DRIVER = """
 import sys
 from mrl.config.load import load_config
@@ -195,6 +208,15 @@ def running_driver(folder: Path, program: str, *more: str) -> Iterator[subproces
     finally:
         driver.kill()
         driver.communicate()
+
+
+def test_a_lost_host_is_replaced_and_the_others_start_again(tmp_path, joined):
+    own = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1", "trainer.max_restarts=1", "trainer.save_freq=1"]
+    with running_driver(tmp_path, LOSING, *own) as driver:
+        output, _ = driver.communicate(timeout=280)
+    assert driver.returncode == 0, output
+    assert "host 1 (127.0.0.1): Ray lost the host" in output
+    assert "a host was lost: restart 1 of 1, from the last checkpoint" in output
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
