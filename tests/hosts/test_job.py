@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from namespaces import HostProcess, Hosts
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mrl.backends.megatron.preload import preload_megatron
+from mrl.backends.sglang.preload import preload_sglang
+from mrl.trainer import main_ppo
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +29,7 @@ SMALL = [
     "data.train_batch_size=8",
     f"{ACTOR}.ppo_mini_batch_size=8",
     f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
-    "critic.ppo_micro_batch_size_per_gpu=4",
+    "critic.ppo_micro_batch_size_per_gpu=2",
     "trainer.logger=[console,file]",
 ]
 
@@ -34,12 +41,11 @@ def job(hosts: int, ranks_per_host: int, run: Path, *more: str) -> list[str]:
 
 def test_torchrun_with_one_task_per_host_trains(make_hosts, tmp_path):
     hosts = make_hosts(2)
-    # One rank of each host starts its part of the engine, which takes weights from its own host only.
+    # The actor's second pipeline stage is on the second host, the one engine on both.
     arguments = job(
         2,
         2,
         tmp_path / "run",
-        f"{ACTOR}.megatron.pipeline_model_parallel_size=1",
         f"{ROLLOUT}.tensor_model_parallel_size=4",
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
@@ -49,6 +55,46 @@ def test_torchrun_with_one_task_per_host_trains(make_hosts, tmp_path):
     processes = [hosts.run(host, command, tmp_path / f"log{host}", **environ) for host in range(2)]
     finish(processes)
     check_run(hosts, processes, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks_per_host", "rollout_tp", "num_engines", "ipv6"),
+    [(2, 4, 2, 3, False), (4, 2, 4, 2, True)],
+    ids=["2 hosts ipv4, engines on each", "4 hosts ipv6, engines over two"],
+)
+def test_the_main_layout_trains_over_hosts(make_hosts, tmp_path, count, ranks_per_host, rollout_tp, num_engines, ipv6):
+    preload_megatron()
+    preload_sglang()
+    hosts = make_hosts(count, ipv6=ipv6)
+    engines = [f"{ROLLOUT}.tensor_model_parallel_size={rollout_tp}", f"{ROLLOUT}.num_engines={num_engines}"]
+    arguments = job(count, ranks_per_host, tmp_path / "run", *engines)
+    processes = [
+        hosts.start(host, partial(run_agent, count, arguments), tmp_path / f"log{host}") for host in range(count)
+    ]
+    finish(processes)
+    check_run(hosts, processes, tmp_path / "run")
+
+
+def run_agent(count: int, arguments: list[str]) -> int:
+    """torchrun's agent of one host, with its task forked instead of started anew: that has everything imported."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    config = LaunchConfig(
+        min_nodes=count,
+        max_nodes=count,
+        nproc_per_node=1,
+        run_id="job",
+        rdzv_backend="c10d",
+        rdzv_endpoint="host0:29400",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, run_task)(arguments)
+    return 0
+
+
+def run_task(arguments: list[str]) -> None:
+    """A host's task."""
+    sys.exit(main_ppo.main(arguments))
 
 
 def finish(processes: list[HostProcess]) -> None:
