@@ -99,7 +99,7 @@ class Rank:
 
     def answers(self, count: int = GREEDY) -> list[list[int]]:
         samples = self.rollout.generate(PROMPTS, jobs.sampling(count, temperature=0.0))
-        return [sample.generation.response_ids for sample in samples]
+        return [list(sample.generation.response_ids) for sample in samples]
 
     def close(self) -> None:
         dist.barrier()
