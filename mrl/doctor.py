@@ -84,6 +84,13 @@ def check_apex() -> Finding:
     return Finding("apex", f"not NVIDIA's, {folder}", "pip uninstall apex: PyPI's is an unrelated web toolkit", True)
 
 
+def refuse_wrong_apex() -> None:
+    """Raise ValueError where Megatron would import the apex that is not NVIDIA's."""
+    finding = check_apex()
+    if finding.is_error:
+        raise ValueError(f"the installed apex is {finding.found}, and Megatron would import it; {finding.remedy}")
+
+
 def check_limits(open_files: int, shared_memory: int) -> list[Finding]:
     """Limits of this process that large jobs run into.
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mrl.config.inert import find_inert_on_cpu, find_inert_without_ray
 from mrl.config.load import save_config
 from mrl.config.schema import PPOConfig
+from mrl.doctor import refuse_wrong_apex
 from mrl.interfaces import USER_ERRORS
 from mrl.launch.board import PeerFailedError
 from mrl.launch.environment import RankEnvironment, detect_launcher, read_task
@@ -37,6 +38,7 @@ def launch(config: PPOConfig) -> int:
     _prepare_process()
     trainer = config.trainer
     try:
+        refuse_wrong_apex()
         launcher = detect_launcher(trainer.launcher, os.environ)
         if launcher == "ray":
             return launch_on_ray(config)

@@ -47,7 +47,10 @@ def apex(tmp_path, monkeypatch):
 def test_apex_from_pypi_is_told_from_nvidia_s(apex):
     assert doctor.check_apex().is_error
     assert "pip uninstall apex" in doctor.check_apex().remedy
+    with pytest.raises(ValueError, match=r"not NVIDIA's.*; pip uninstall apex"):
+        doctor.refuse_wrong_apex()
     (apex / "optimizers").mkdir()
+    doctor.refuse_wrong_apex()
     assert not doctor.check_apex().is_error
     assert str(apex) in doctor.check_apex().found
 
