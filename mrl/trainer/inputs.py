@@ -12,9 +12,10 @@ from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
 from mrl.data.loader import PromptLoader
 from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
-from mrl.trainer.plan import RolePlan, RunPlan
+from mrl.trainer.plan import RunPlan
 from mrl.trainer.reward_model import ConversationEncoder, load_encoder
 from mrl.trainer.rewards import check_rewards
+from mrl.trainer.role_plan import RolePlan
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -12,43 +12,19 @@ from pathlib import Path
 
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
-from mrl.convert.locate import find_role
-from mrl.convert.megatron_weights import MegatronWeights
 from mrl.data.embedded import resolve_embedded
-from mrl.interfaces import CheckpointError
-from mrl.parallel.auto_layout import BytesPerParameter, check_layout, choose_layout
-from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.families import count_params
 from mrl.reshard.hf_export import list_model_files
-from mrl.reshard.spec import ModelSpec, load_classifier_spec, load_spec
+from mrl.reshard.spec import ModelSpec
+from mrl.trainer.engine_plan import check_senders, count_engines
 from mrl.trainer.job_memory import plan_memory, role_memory
 from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
 from mrl.trainer.memory_plan import MemoryPlan
 from mrl.trainer.resume import CurrentRole, ResumePoint, find_resume_point
+from mrl.trainer.role_plan import RolePlan, plan_reward_model, plan_role
 from mrl.trainer.schedules import actor_schedule, critic_schedule, reference_limit, reward_model_limit
 from mrl.trainer.updates import UpdateSchedule
 from mrl.types import MicroBatchLimit
-
-# Shares of a rank's memory that an automatic layout may fill with a role's weights, gradients and optimizer state.
-_TRAINED_SHARE = 0.35
-_OFFLOADED_SHARE = 0.7
-"""With the optimizer offloaded between phases, actor and critic take turns."""
-_REFERENCE_SHARE = 0.1
-
-
-@dataclass(kw_only=True, frozen=True)
-class RolePlan:
-    """One role's model and its layout."""
-
-    model_path: Path
-    weights_path: Path
-    """Hugging Face folder or checkpoint with the initial weights."""
-    spec: ModelSpec
-    layout: ParallelLayout
-
-    def __str__(self) -> str:
-        return f"{self.spec.family}, {count_params(self.spec) / 1e6:.1f} M parameters, {self.layout}"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -108,15 +84,15 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     shared = config.actor_rollout_ref
     files = _Files(run_dir / "embedded")
     actor_path = files.model(shared.model.path)
-    actor = _plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, machine, trained=True)
+    actor = plan_role(config, "actor_rollout_ref.actor", shared.actor.megatron, actor_path, machine, trained=True)
     critic = None
     if config.needs_critic:
         critic_path = files.model(config.critic.model.path)
-        critic = _plan_role(config, "critic", config.critic.megatron, critic_path, machine, trained=True)
+        critic = plan_role(config, "critic", config.critic.megatron, critic_path, machine, trained=True)
     reference = None
     if config.needs_reference:
-        reference = _plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, machine, trained=False)
-    reward_model = _plan_reward_model(config, machine)
+        reference = plan_role(config, "actor_rollout_ref.ref", shared.ref.megatron, actor_path, machine, trained=False)
+    reward_model = plan_reward_model(config, machine)
     _check_lengths(config, {"actor": actor, **({"critic": critic} if critic else {})})
     actor_record = _describe(actor, shared.actor.megatron, is_critic=False)
     critic_record = _describe(critic, config.critic.megatron, is_critic=True) if critic else None
@@ -124,8 +100,8 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
     current = {"actor": _current(actor, actor_record, tokenizer_path)}
     if critic and critic_record:
         current["critic"] = _current(critic, critic_record, tokenizer_path)
-    trainer, num_engines = config.trainer, _count_engines(config, actor.spec, machine.device)
-    _check_senders(config, actor.layout, num_engines)
+    trainer, num_engines = config.trainer, count_engines(config, actor.spec, machine.device)
+    check_senders(config, actor.layout, num_engines)
     return RunPlan(
         device=machine.device,
         world_size=config.trainer.world_size,
@@ -170,16 +146,16 @@ def plan_shape(config: PPOConfig, machine: Machine, spec: ModelSpec) -> ShapePla
         ValueError: as `plan_run`.
     """
 
-    def plan_role(section: str, megatron: MegatronConfig, *, trained: bool) -> RolePlan:
-        return _plan_role(config, section, megatron, Path(), machine, trained=trained, spec=spec)
+    def plan_part(section: str, megatron: MegatronConfig, *, trained: bool) -> RolePlan:
+        return plan_role(config, section, megatron, Path(), machine, trained=trained, spec=spec)
 
     shared = config.actor_rollout_ref
-    actor = plan_role("actor_rollout_ref.actor", shared.actor.megatron, trained=True)
-    critic = plan_role("critic", config.critic.megatron, trained=True) if config.needs_critic else None
+    actor = plan_part("actor_rollout_ref.actor", shared.actor.megatron, trained=True)
+    critic = plan_part("critic", config.critic.megatron, trained=True) if config.needs_critic else None
     reference = None
     if config.needs_reference:
-        reference = plan_role("actor_rollout_ref.ref", shared.ref.megatron, trained=False)
-    num_engines = _count_engines(config, spec, machine.device)
+        reference = plan_part("actor_rollout_ref.ref", shared.ref.megatron, trained=False)
+    num_engines = count_engines(config, spec, machine.device)
     return ShapePlan(
         actor=actor,
         critic=critic,
@@ -211,85 +187,6 @@ class _Files:
 
     def data(self, paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Path(resolve_embedded(path, self._folder)).expanduser().absolute()) for path in paths)
-
-
-def _plan_reward_model(config: PPOConfig, machine: Machine) -> RolePlan | None:
-    settings = config.reward.reward_model
-    if not settings.enable:
-        return None
-    assert settings.model_path is not None, "the configuration requires it"
-    folder = Path(settings.model_path).expanduser().absolute()
-    if not folder.is_dir():
-        raise ValueError(f"reward.reward_model.model_path = {settings.model_path} does not exist; give a local folder")
-    spec = load_classifier_spec(folder)
-    return _plan_role(config, "reward.reward_model", settings.megatron, folder, machine, spec=spec, trained=False)
-
-
-def _plan_role(
-    config: PPOConfig,
-    section: str,
-    megatron: MegatronConfig,
-    path: Path,
-    machine: Machine,
-    *,
-    trained: bool,
-    spec: ModelSpec | None = None,
-) -> RolePlan:
-    spec = spec or load_spec(path)
-    try:
-        layout = _layout(config, megatron, spec, machine, trained=trained)
-        check_layout(layout, spec)
-        weights_path = _weights_path(megatron, path, spec)
-    except ValueError as error:
-        raise ValueError(f"{section}.megatron: {error}") from error
-    return RolePlan(model_path=path, weights_path=weights_path, spec=spec, layout=layout)
-
-
-def _weights_path(megatron: MegatronConfig, model: Path, spec: ModelSpec) -> Path:
-    if not megatron.use_dist_checkpointing:
-        return model
-    assert megatron.dist_checkpointing_path is not None, "the configuration requires it"
-    folder = Path(megatron.dist_checkpointing_path).expanduser().absolute()
-    try:
-        # Opened to have another model's refused here, by name.
-        MegatronWeights(find_role(folder).dist, spec)
-    except (ValueError, CheckpointError) as error:
-        raise ValueError(f"dist_checkpointing_path: {error}") from error
-    return folder
-
-
-def _layout(
-    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, machine: Machine, *, trained: bool
-) -> ParallelLayout:
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    if tp is None and pp is None:
-        chosen = _automatic_layout(config, megatron, spec, machine, trained=trained)
-        tp, pp = chosen.tp, chosen.pp
-    return ParallelLayout(
-        world_size=config.trainer.world_size,
-        tp=tp or 1,
-        pp=pp or 1,
-        vpp=megatron.virtual_pipeline_model_parallel_size,
-        cp=megatron.context_parallel_size,
-        ep=megatron.expert_model_parallel_size,
-        sequence_parallel=megatron.sequence_parallel and (tp or 1) > 1,
-    )
-
-
-def _automatic_layout(
-    config: PPOConfig, megatron: MegatronConfig, spec: ModelSpec, machine: Machine, *, trained: bool
-) -> ParallelLayout:
-    trainer = config.trainer
-    optimizer_offload = isinstance(megatron, TrainableMegatronConfig) and megatron.optimizer_offload
-    share = _REFERENCE_SHARE if not trained else _OFFLOADED_SHARE if optimizer_offload else _TRAINED_SHARE
-    return choose_layout(
-        spec,
-        world_size=trainer.world_size,
-        gpus_per_node=trainer.n_gpus_per_node,
-        memory_bytes_per_rank=int(share * machine.rank_bytes(trainer.n_gpus_per_node)),
-        bytes_per_parameter=BytesPerParameter.of(weight=4 if megatron.dtype == "float32" else 2, trained=trained),
-        ep=megatron.expert_model_parallel_size,
-    )
 
 
 def _plan_memory(
@@ -340,50 +237,3 @@ def _check_lengths(config: PPOConfig, roles: Mapping[str, RolePlan]) -> None:
                 f"data.max_prompt_length + data.max_response_length = {needed} exceeds the {name} model's "
                 f"max_position_embeddings = {limit}; lower one of them"
             )
-
-
-def _count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
-    rollout, world_size = config.actor_rollout_ref.rollout, config.trainer.world_size
-    tp, key = rollout.tensor_model_parallel_size, "actor_rollout_ref.rollout.tensor_model_parallel_size"
-    if world_size % tp:
-        raise ValueError(f"{key} = {tp} does not divide the job's {world_size} ranks")
-    if actor.num_attention_heads % tp:
-        raise ValueError(f"{key} = {tp} does not divide the actor's {actor.num_attention_heads} attention heads")
-    if device == "cpu" and actor.num_key_value_heads % tp:
-        raise ValueError(
-            f"{key} = {tp} does not divide the actor's {actor.num_key_value_heads} KV heads; SGLang replicates KV "
-            "heads on GPUs only, so choose a divisor on CPU"
-        )
-    per_host = config.trainer.n_gpus_per_node
-    if tp % per_host and per_host % tp:
-        raise ValueError(
-            f"{key} = {tp} and trainer.n_gpus_per_node = {per_host}: neither divides the other, and an engine takes "
-            "whole hosts or a part of one; choose a divisor or a multiple"
-        )
-    most = world_size // tp
-    num_engines = rollout.num_engines or most
-    if num_engines > most:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.num_engines = {num_engines} at TP{tp} needs {num_engines * tp} ranks; "
-            f"the job has {world_size}"
-        )
-    return num_engines
-
-
-def _check_senders(config: PPOConfig, actor: ParallelLayout, num_engines: int) -> None:
-    """ValueError if a part of the actor lies only on hosts without engines, which alone could send it to the others."""
-    per_host, tp = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    with_engines = -(-num_engines * tp // per_host) * per_host
-
-    def part(rank: int) -> tuple[int, int, int]:
-        tp_rank, _, _, pp_rank = actor.coordinates(rank)
-        return tp_rank, pp_rank, actor.ep_rank(rank)
-
-    held = {part(rank) for rank in range(with_engines)}
-    alone = sorted({rank // per_host for rank in range(with_engines, actor.world_size) if part(rank) not in held})
-    if alone:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.num_engines = {num_engines} at TP{tp} leaves hosts {alone} (counted from 0) "
-            f"without an engine, but no other host holds their part of the actor ({actor}): nothing could send it to "
-            "the engines; raise num_engines, or choose a layout whose replicas lie on the hosts with engines"
-        )

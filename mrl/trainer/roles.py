@@ -11,7 +11,8 @@ from mrl.backends.megatron.setup import RoleSetup
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.optim import OptimConfig
 from mrl.config.schema import PPOConfig
-from mrl.trainer.plan import RolePlan, RunPlan
+from mrl.trainer.plan import RunPlan
+from mrl.trainer.role_plan import RolePlan
 
 
 def actor_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:

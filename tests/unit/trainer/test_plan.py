@@ -89,6 +89,12 @@ def test_layouts_left_open_are_chosen_and_as_many_engines_as_fit(run_dir):
     assert result.num_engines == 4
 
 
+def test_ranks_that_share_sequences_are_left_out_of_a_chosen_layout(run_dir):
+    open_layout = [f"{ACTOR}.megatron.{axis}_model_parallel_size=null" for axis in ("tensor", "pipeline")]
+    shared = [f"{ACTOR}.megatron.context_parallel_size=4", f"{ACTOR}.megatron.use_remove_padding=True"]
+    assert str(plan(run_dir, *open_layout, *shared).actor.layout) == "TP1 x PP1 x CP4 x DP2"
+
+
 def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FAMILY_CONFIGS["qwen3_moe"]))
     sizes = [f"{ACTOR}.megatron.{key}" for key in ("expert_model_parallel_size=4", "sequence_parallel=True")]
