@@ -64,8 +64,9 @@ def test_ranks_that_do_not_end_in_time_are_named():
 
 
 SLEEPING_PARENT = r"""
-import os, sys, time
+import os, signal, sys, time
 from mrl.launch.fork import run_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this one
 def main(env):
     os.write(1, b"%d\n" % os.getpid())  # one write, so that lines do not mix
     time.sleep(60)
@@ -78,11 +79,14 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_no_rank_outlives_its_parent(sent, status):
-    parent = subprocess.Popen([sys.executable, "-c", SLEEPING_PARENT], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    children = [int(parent.stdout.readline()) for _ in range(2)]
-    parent.send_signal(sent)
-    assert parent.wait(timeout=50) == status
+    with subprocess.Popen([sys.executable, "-c", SLEEPING_PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            children = [int(parent.stdout.readline()) for _ in range(2)]
+            parent.send_signal(sent)
+            assert parent.wait(timeout=50) == status
+        finally:
+            parent.kill()
     deadline = time.monotonic() + 20
     while any(_is_running(child) for child in children):
         assert time.monotonic() < deadline, "a rank outlived its parent"
