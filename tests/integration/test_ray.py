@@ -56,7 +56,7 @@ def job(folder: Path, *more: str) -> list[str]:
 def results(folder: Path) -> list[dict[str, float]]:
     """The metrics of the first two steps that are not measurements of time and memory."""
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()[:2]]
-    measured = ("_s", "_gib", "/mfu")
+    measured = ("_s", "_gib", "/mfu", "/slowest_rank_ratio")
     return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in rows]
 
 
