@@ -53,7 +53,9 @@ def _medians(steps: list[Row]) -> list[tuple[str, str]]:
         return median(row[key] for row in steps if row.get(key) is not None)
 
     phases = sorted(
-        key for key in steps[-1] if key.startswith("time/") and key not in ("time/step_s", "time/validation_s")
+        key
+        for key in steps[-1]
+        if key.startswith("time/") and key.endswith("_s") and key not in ("time/step_s", "time/validation_s")
     )
     shares = "  ".join(f"{key[5:-2]} {typical(key):.3f}" for key in phases)
     return [

@@ -378,8 +378,9 @@ def test_a_loss_that_looks_at_whole_sequences_and_mini_batches_is_the_same_in_an
     alone_log, alone_weights = run_on_ranks(lambda: train(folders, {}, {}, 1, **options), 1)[0]
     areas = ("actor/", "critic/", "parity/", "rollout_corr/")
     wanted = [{key: value for key, value in metrics.items() if key.startswith(areas)} for metrics in alone_log]
-    actor_axes, critic_axes, _ = LAYOUTS["tp2 pp2 dp2, critic tp1 pp2 dp4"]
-    spread = run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8, **options), 8)[0]
+    # Each sequence, too, is spread over ranks.
+    actor_axes, critic_axes, packed = LAYOUTS["packed: pp2 vpp2 cp2 dp2, critic tp2 cp4"]
+    spread = run_on_ranks(lambda: train(folders, actor_axes, critic_axes, 8, packed=packed, **options), 8)[0]
     check(spread, (wanted, alone_weights))
     for metrics in wanted:
         assert 0 < metrics["rollout_corr/rollout_rs_seq_masked_fraction"] < 1, "nothing or everything was rejected"

@@ -18,6 +18,7 @@ def row(step, reward, **more):
         "reward/mean": reward,
         "rollout/tokens_per_s": 100.0 * step,
         "time/step_s": float(step),
+        "time/slowest_rank_ratio": 1.1,
         "time/reshard_s": 0.002,
         "reshard/bytes": 2.0 * 2**20,
         "parity/log_prob_abs_diff_mean": 1e-6 * step,
