@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-hosts unit integration lint env lock clean
+.PHONY: demo test test-hosts test-gpu unit integration lint env lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train PPO on the embedded task: 8 ranks, real engines, no GPU needed
@@ -15,6 +15,9 @@ test: $(STAMP)  ## everything that CI checks; two at a time, since ranks that wa
 
 test-hosts: $(STAMP)  ## jobs over several hosts, which are network namespaces of this one: needs root
 	$(PYTHON) -m pytest tests/hosts -rs $(ARGS)
+
+test-gpu: $(STAMP)  ## transformer-engine's layers and kernels: needs one CUDA device, some of it two
+	$(PYTHON) -m pytest tests/gpu tests/unit/ops tests/unit/reshard -rs $(ARGS)
 
 unit: $(STAMP)  ## the fast part of the tests
 	$(PYTHON) -m pytest tests/unit $(ARGS)

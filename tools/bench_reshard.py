@@ -26,7 +26,7 @@ import reshard_sides
 import torch
 from benchmark_file import Row, timed_row, write
 from gpu_workers import Worker, run_all
-from plan_shapes import qwen2_7b
+from plan_shapes import qwen2_7b, qwen3_moe_30b
 
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.plan import PlanStats
@@ -39,15 +39,23 @@ _PEER_WAYS = {"per_tensor_ipc_ms": False, "flattened_buckets_ms": True}
 
 @dataclass(kw_only=True, frozen=True)
 class Pair:
-    """A training layout and the engines' tensor parallel size."""
+    """A training layout and the engines'."""
 
     train: ParallelLayout
     rollout_tp: int
     num_gpus: int
+    rollout_ep: int = 1
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a mixture of experts is meant."""
+        return self.train.ep > 1 or self.rollout_ep > 1
 
     def __str__(self) -> str:
         engines = self.num_gpus // self.rollout_tp
-        return f"{self.train} -> {f'{engines} x ' if engines > 1 else ''}TP{self.rollout_tp}"
+        train = f"{self.train} x EP{self.train.ep}" if self.train.ep > 1 else str(self.train)
+        rollout = f"TP{self.rollout_tp} x EP{self.rollout_ep}" if self.rollout_ep > 1 else f"TP{self.rollout_tp}"
+        return f"{train} -> {f'{engines} x ' if engines > 1 else ''}{rollout}"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -160,7 +168,8 @@ def _set_up(run: Machine, spec: ModelSpec, pair: Pair, *, known_values: bool) ->
     trainers = run.trainers[: pair.train.world_size]
     sources = run_all(trainers, reshard_sides.hold, [{**shared, "rank": rank} for rank in range(len(trainers))])
     tp = pair.rollout_tp
-    wanted = [{"spec": spec, "sources": sources, "tp_rank": gpu % tp, "tp_size": tp} for gpu in range(len(run.engines))]
+    common = {"spec": spec, "sources": sources, "tp_size": tp, "ep_size": pair.rollout_ep}
+    wanted = [{**common, "tp_rank": gpu % tp} for gpu in range(len(run.engines))]
     return run_all(run.engines, reshard_sides.bind, wanted)
 
 
@@ -183,6 +192,7 @@ def small_like(spec: ModelSpec) -> ModelSpec:
         num_hidden_layers=4,
         num_attention_heads=8,
         head_dim=32,
+        moe=spec.moe and replace(spec.moe, num_experts=8),
     )
 
 
@@ -191,16 +201,19 @@ def default_pairs(num_gpus: int) -> list[Pair]:
     if num_gpus == 1:
         return [_pair("", "tp=1", 1), _pair("tp=2", "tp=1", 1)]
     layouts = [("tp=2", "tp=2"), ("pp=2", "tp=2"), ("tp=2", "tp=1"), ("", "tp=2"), ("pp=2,vpp=2", "tp=1")]
+    layouts += [("ep=2", "tp=2"), ("ep=2", "tp=2,ep=2")]
     return [_pair(train, rollout, 2) for train, rollout in layouts]
 
 
 def _pair(train: str, rollout: str, num_gpus: int) -> Pair:
-    sizes = {key: int(value) for key, _, value in (item.partition("=") for item in train.split(",") if item)}
-    product = sizes.get("tp", 1) * sizes.get("pp", 1)
-    layout = ParallelLayout(
-        world_size=max(num_gpus, product), tp=sizes.get("tp", 1), pp=sizes.get("pp", 1), vpp=sizes.get("vpp")
-    )
-    return Pair(train=layout, rollout_tp=int(rollout.removeprefix("tp=")), num_gpus=num_gpus)
+    trained, served = _sizes(train), _sizes(rollout)
+    product = trained.get("tp", 1) * trained.get("pp", 1)
+    layout = ParallelLayout(world_size=max(num_gpus, product), **trained)
+    return Pair(train=layout, rollout_tp=served["tp"], rollout_ep=served.get("ep", 1), num_gpus=num_gpus)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    return {key: int(value) for key, _, value in (item.partition("=") for item in text.split(",") if item)}
 
 
 def _free_port() -> int:
@@ -222,7 +235,7 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _run_pairs(arguments: argparse.Namespace, spec: ModelSpec) -> Iterator[Row]:
+def _run_pairs(arguments: argparse.Namespace, dense: ModelSpec) -> Iterator[Row]:
     num_gpus = torch.cuda.device_count()
     one = arguments.rollout and [_pair(arguments.train, arguments.rollout, num_gpus)]
     pairs: Sequence[Pair] = one or default_pairs(num_gpus)
@@ -231,8 +244,9 @@ def _run_pairs(arguments: argparse.Namespace, spec: ModelSpec) -> Iterator[Row]:
         rates, rows = measure_rates(run, arguments.repeats)
         yield from rows
         for pair in pairs:
-            # The other ways' gathers are written for one trainer rank on each GPU.
-            with_peers = num_gpus > 1 and pair.train.world_size == num_gpus
+            spec = qwen3_moe_30b(arguments.layers) if pair.has_experts else dense
+            # The other ways' gathers are written for dense models, with one trainer rank on each GPU.
+            with_peers = num_gpus > 1 and pair.train.world_size == num_gpus and not pair.has_experts
             check(run, small_like(spec), pair, with_peers=with_peers)
             yield from measure(run, spec, pair, rates, repeats=arguments.repeats, with_peers=with_peers)
 
@@ -240,10 +254,10 @@ def _run_pairs(arguments: argparse.Namespace, spec: ModelSpec) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--train", default="", help="training layout of a single pair: tp, pp, vpp, as tp=2,pp=2")
-    parser.add_argument("--rollout", default="", help="engine layout of a single pair: tp=2")
+    parser.add_argument("--train", default="", help="training layout of a single pair: tp, pp, vpp, ep, as tp=2,pp=2")
+    parser.add_argument("--rollout", default="", help="engine layout of a single pair: tp=2 or tp=2,ep=2")
     parser.add_argument("--engine", action="store_true", help="also time the whole update of a real SGLang engine")
-    parser.add_argument("--layers", type=int, default=28, help="28 is the whole model, 15.2 GB")
+    parser.add_argument("--layers", type=int, default=28, help="28 is the whole dense model, 15.2 GB")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     spec = qwen2_7b(arguments.layers)

@@ -6,7 +6,7 @@ from mrl.reshard.families.decoder import megatron_param, sglang_param
 from mrl.reshard.families.tables import Cut
 from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank, TargetParam
 from mrl.reshard.plan import Plan, build_plan
-from mrl.reshard.spec import ModelSpec
+from mrl.reshard.spec import MixtureOfExperts, ModelSpec
 
 HOST = "host"
 ELEMENT_SIZE = 2
@@ -47,6 +47,26 @@ def qwen2_7b(num_layers: int = 28) -> ModelSpec:
         max_position_embeddings=32768,
         tie_word_embeddings=False,
         attention_bias=True,
+    )
+
+
+def qwen3_moe_30b(num_layers: int = 48) -> ModelSpec:
+    """The shape of Qwen3-30B-A3B: 61 GB in bf16 with all 48 layers, most of it in 128 experts a layer."""
+    return ModelSpec(
+        family="qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=768,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        qk_layernorm=True,
+        moe=MixtureOfExperts(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True),
     )
 
 

@@ -48,6 +48,7 @@ class EngineSide:
     spec: ModelSpec
     tp_rank: int
     tp_size: int
+    ep_size: int
     params: dict[str, Tensor]
     puller: Puller
 
@@ -63,10 +64,10 @@ def megatron_shard(spec: ModelSpec, state: StateDict, layout: ParallelLayout, ra
     return trainer_shard(spec, state, layout, rank, padded_vocab_size=_padded(spec.vocab_size, multiple))
 
 
-def engine_shard(spec: ModelSpec, state: StateDict, *, tp_rank: int, tp_size: int) -> dict[str, Tensor]:
+def engine_shard(spec: ModelSpec, state: StateDict, *, tp_rank: int, tp_size: int, ep_size: int) -> dict[str, Tensor]:
     """One engine rank's parameters, the vocabulary padded as SGLang pads it."""
     rows = _padded(spec.vocab_size, _SGLANG_VOCAB_MULTIPLE)
-    return sglang_shard(state, spec, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=rows)
+    return sglang_shard(state, spec, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=rows, ep_size=ep_size)
 
 
 def hold(state: State, *, spec: ModelSpec, layout: ParallelLayout, rank: int, known_values: bool) -> SourceRank:
@@ -88,21 +89,23 @@ def hold(state: State, *, spec: ModelSpec, layout: ParallelLayout, rank: int, kn
     )
 
 
-def bind(state: State, *, spec: ModelSpec, sources: list[SourceRank], tp_rank: int, tp_size: int) -> PlanStats:
+def bind(
+    state: State, *, spec: ModelSpec, sources: list[SourceRank], tp_rank: int, tp_size: int, ep_size: int
+) -> PlanStats:
     """Allocate an engine rank's parameters and make the puller that fills them from `sources`."""
-    shapes = engine_shard(spec, meta_state(spec), tp_rank=tp_rank, tp_size=tp_size)
+    place = {"tp_rank": tp_rank, "tp_size": tp_size, "ep_size": ep_size}
+    shapes = engine_shard(spec, meta_state(spec), **place)
     params = {name: torch.empty(tensor.shape, dtype=_DTYPE, device="cuda") for name, tensor in shapes.items()}
     plan = build_plan(
         spec,
         sources,
         targets_of(params.items()),
-        tp_rank=tp_rank,
-        tp_size=tp_size,
         host=HOST,
         device=device_number(torch.device("cuda", torch.cuda.current_device())),
+        **place,
     )
     puller = Puller(plan, open_sources(plan, sources), params)
-    state["engine"] = EngineSide(spec=spec, tp_rank=tp_rank, tp_size=tp_size, params=params, puller=puller)
+    state["engine"] = EngineSide(spec=spec, params=params, puller=puller, **place)
     return plan.stats
 
 
@@ -116,7 +119,8 @@ def poison(state: State) -> None:
 def differing(state: State) -> list[str]:
     """Engine parameters that are not bitwise what the slow reference makes of `distinct_state`."""
     side: EngineSide = state["engine"]
-    expected = engine_shard(side.spec, distinct_state(side.spec, _DTYPE), tp_rank=side.tp_rank, tp_size=side.tp_size)
+    state_dict = distinct_state(side.spec, _DTYPE)
+    expected = engine_shard(side.spec, state_dict, tp_rank=side.tp_rank, tp_size=side.tp_size, ep_size=side.ep_size)
     return [
         name
         for name, param in side.params.items()

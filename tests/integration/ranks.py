@@ -1,4 +1,4 @@
-"""Runs a function on forked gloo ranks of the preloaded test process."""
+"""Runs a function on forked ranks of the preloaded test process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
 
 
-def run_on_ranks(function: Callable[[], Any], world_size: int, *, timeout_s: float = 280.0) -> list[Any]:
-    """What `function` returns on each of `world_size` gloo ranks, in rank order.
+def run_on_ranks(
+    function: Callable[[], Any], world_size: int, *, timeout_s: float = 280.0, on_gpus: bool = False
+) -> list[Any]:
+    """What `function` returns on each of `world_size` ranks, in rank order.
 
     The first failing rank's own error is raised here, as RankFailure; no process outlives the call.
+
+    Args:
+        on_gpus: give every rank a GPU; the test process itself must not have touched one.
     """
 
     def rank_main(env: RankEnvironment) -> bytes:
         torch.set_num_threads(1)
-        init_process_group(env, backend="gloo", timeout=timedelta(seconds=timeout_s))
+        if on_gpus:
+            torch.cuda.set_device(env.local_rank)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        init_process_group(env, backend=backend, timeout=timedelta(seconds=timeout_s))
         # Plain pickle: multiprocessing's would share tensors through this process, which is about to end.
         return pickle.dumps(function())
 
