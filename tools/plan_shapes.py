@@ -65,6 +65,7 @@ def qwen3_moe_30b(num_layers: int = 48) -> ModelSpec:
         rope_theta=1e6,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
+        attention_bias=False,
         qk_layernorm=True,
         moe=MixtureOfExperts(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True),
     )

@@ -63,7 +63,12 @@ ON_TWO_EXPERTS: dict[str, dict[str, Any]] = {"ep2 packed": {"layout": {"ep": 2},
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("families")
-    return {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
+
+    def save_all() -> dict[str, str]:
+        return {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
+
+    # Forked: transformers asks the GPU what it can do, and CUDA must not start in the process that ranks come from.
+    return run_on_ranks(save_all, 1)[0]
 
 
 @pytest.fixture(scope="module")
