@@ -92,6 +92,26 @@ def write_model(folder: Path, shape: Shape, *, max_length: int) -> ModelSpec:
     return spec
 
 
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of that many tokens to a model's folder, in which each digit of a text is a token of its own."""
+    # Imported here: it takes seconds, and training alone needs no tokenizer.
+    from transformers import Qwen2Tokenizer
+
+    special = ("<pad>", "<bos>", "<eos>")
+    tokens = [*special, *"0123456789"]
+    tokens += [f"w{index}" for index in range(vocab_size - len(tokens))]
+    pad, bos, eos = special
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=None,
+    )
+    tokenizer.save_pretrained(folder)
+
+
 def _repeat(block: Tensor, size: tuple[int, ...], start: int) -> Tensor:
     """A tensor of the size, filled with the block from `start` on, over and over."""
     result = torch.empty(size, dtype=block.dtype)

@@ -48,7 +48,7 @@ def train_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> Samplin
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        stop_token_ids=eos_token_ids,
+        stop_token_ids=() if rollout.ignore_eos else eos_token_ids,
         ignore_eos=rollout.ignore_eos,
     )
 

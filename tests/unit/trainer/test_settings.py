@@ -20,7 +20,7 @@ from mrl.config.algorithm import (
 from mrl.config.load import load_config
 from mrl.rewards.overlong import OverlongPenalty
 from mrl.trainer.group_filter import GroupFilter
-from mrl.trainer.settings import advantage_stage, baseline_sampling, group_filter, overlong_penalty
+from mrl.trainer.settings import advantage_stage, baseline_sampling, group_filter, overlong_penalty, train_sampling
 
 
 def test_the_configuration_offers_exactly_the_estimators_there_are():
@@ -50,6 +50,13 @@ def test_only_remax_has_a_greedy_response_drawn():
     config = load_config(["algorithm.adv_estimator=remax", "actor_rollout_ref.rollout.top_p=0.5"])
     sampling = baseline_sampling(config, (2,))
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop_token_ids) == (0, 1, 512, (2,))
+
+
+def test_a_response_of_full_length_has_no_token_to_stop_at():
+    assert train_sampling(load_config([]), (2,)).stop_token_ids == (2,)
+    endless = train_sampling(load_config(["actor_rollout_ref.rollout.ignore_eos=True"]), (2,))
+    assert endless.ignore_eos
+    assert endless.stop_token_ids == ()
 
 
 def test_dynamic_sampling_and_the_penalty_on_length_take_verls_keys():
