@@ -1,3 +1,5 @@
+"""The scripts that write datasets: reproducible rows that their own verifiers accept, and clear refusals."""
+
 import importlib.util
 import json
 import os
@@ -62,8 +64,11 @@ def test_gsm8k_says_what_is_wrong_and_writes_nothing(tmp_path):
 def reasoning_gym_script():
     specification = importlib.util.spec_from_file_location("reasoning_gym_script", SCRIPTS / "reasoning_gym.py")
     script = importlib.util.module_from_spec(specification)
+    # Dataclasses look their module up.
+    sys.modules[specification.name] = script
     specification.loader.exec_module(script)
-    return script
+    yield script
+    del sys.modules[specification.name]
 
 
 def test_reasoning_gym_rows_are_reproducible_and_verifiable(tmp_path, reasoning_gym_script):
@@ -85,6 +90,21 @@ def test_reasoning_gym_rows_are_reproducible_and_verifiable(tmp_path, reasoning_
             right = f"<answer>{row.ground_truth}</answer>"
             assert compute_score(row.data_source, right, row.ground_truth, row.extra_info) == 1.0
     assert len(questions) == 10, "test questions must not be training questions"
+
+
+def test_reasoning_gym_shows_solved_questions_that_are_asked_nowhere(reasoning_gym_script):
+    style = reasoning_gym_script.Style(instruction="Answer in tags.", num_shots=2)
+    rows = reasoning_gym_script.build_rows("letter_counting", first=1, size=3, seed=7, split="train", style=style)
+    plain = reasoning_gym_script.build_rows("letter_counting", first=0, size=6, seed=7, split="train")
+    solved = [(row["extra_info"]["entry"], row["reward_model"]["ground_truth"]) for row in plain[:2]]
+    for row, same in zip(rows, plain[3:], strict=True):
+        *shots, question = row["prompt"]
+        assert [message["role"] for message in shots] == ["user", "assistant"] * 2
+        for (entry, answer), asked, answered in zip(solved, shots[::2], shots[1::2], strict=True):
+            assert asked["content"] == f"{json.loads(entry)['question']}\n\nAnswer in tags."
+            assert answered["content"] == f"<answer>{answer}</answer>"
+        assert question["content"].startswith(json.loads(same["extra_info"]["entry"])["question"])
+        assert row["reward_model"] == same["reward_model"]
 
 
 @pytest.mark.parametrize(
