@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
@@ -22,18 +24,22 @@ def log_prob_output(
 ) -> dict[str, Tensor]:
     """`log_probs` and, if asked for, `entropy`, [b, t] float32. Called by all of both groups, on the last stage.
 
+    The backward pass overwrites the logits with their gradient: the output layer, whose they are, computes its own
+    gradients from its input and its weight.
+
     Args:
-        logits: [b, t, V/tp] or packed [1, N / cp, V/tp], padded vocabulary.
+        logits: [b, t, V/tp] or packed [1, N / cp, V/tp], padded vocabulary; the model's output, used here only.
         vocab_size: without padding.
     """
+    options: dict[str, Any] = {
+        "tp_group": tp_group,
+        "vocab_size": vocab_size,
+        "temperature": temperature,
+        "inplace_backward": True,
+    }
     if not with_entropy:
-        log_probs = vocab_parallel_log_probs(
-            logits, inputs.targets, tp_group=tp_group, vocab_size=vocab_size, temperature=temperature
-        )
-        return {"log_probs": _align(log_probs, inputs, cp_group)}
-    log_probs, entropy = vocab_parallel_log_probs_and_entropy(
-        logits, inputs.targets, tp_group=tp_group, vocab_size=vocab_size, temperature=temperature
-    )
+        return {"log_probs": _align(vocab_parallel_log_probs(logits, inputs.targets, **options), inputs, cp_group)}
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(logits, inputs.targets, **options)
     return {"log_probs": _align(log_probs, inputs, cp_group), "entropy": _align(entropy, inputs, cp_group)}
 
 

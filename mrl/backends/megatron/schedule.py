@@ -54,6 +54,8 @@ class Schedule:
         self._modules = list(modules)
         self._layout = layout
         self._groups = groups
+        # Megatron's bfloat16 wrapper would make a float32 copy of all logits, and another of their gradient.
+        self._module_options = {"fp32_output": False} if config.bf16 else {}
         self._communicator = P2PCommunicator(groups.pp, config)
         self._run = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vpp)
 
@@ -97,7 +99,8 @@ class Schedule:
             item = next(iterator)
             inputs = item.inputs
             packed = {} if inputs.packed is None else {"packed_seq_params": inputs.packed}
-            return module(inputs.tokens, inputs.positions, None, **packed), partial(last_stage, item=item)
+            output = module(inputs.tokens, inputs.positions, None, **packed, **self._module_options)
+            return output, partial(last_stage, item=item)
 
         first = micro_batches[0].inputs.tokens
         return self._run(

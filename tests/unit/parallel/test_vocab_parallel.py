@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
-from mrl.parallel import vocab_parallel
+from mrl.ops import vocab_reference
 from mrl.parallel.vocab_parallel import (
     vocab_parallel_entropy,
     vocab_parallel_log_probs,
@@ -171,7 +171,7 @@ def test_slicing_over_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
         return log_probs.detach(), entropy.detach(), leaf.grad
 
     whole = compute()
-    monkeypatch.setattr(vocab_parallel, "_SLICE_ELEMENTS", 2 * 3 * PADDED_SIZE)
+    monkeypatch.setattr(vocab_reference, "_SLICE_ELEMENTS", 2 * 3 * PADDED_SIZE)
     for one, other in zip(whole, compute(), strict=True):
         # Vectorised sums may group a row's terms differently.
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
@@ -192,7 +192,7 @@ class LargestFloat32(TorchFunctionMode):
 
 
 def test_no_grad_pass_makes_no_float32_copy_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocab_parallel, "_SLICE_ELEMENTS", 4096)
+    monkeypatch.setattr(vocab_reference, "_SLICE_ELEMENTS", 4096)
     logits = torch.randn(1, 256, 512).bfloat16()
     targets = torch.zeros(1, 256, dtype=torch.long)
     with torch.no_grad(), LargestFloat32() as largest:
@@ -209,6 +209,37 @@ def test_transposed_and_packed_logits_give_the_same_result() -> None:
     )
     packed = vocab_parallel_log_probs(logits.flatten(0, 1), targets.flatten(), tp_group=None, vocab_size=VOCAB_SIZE)
     assert torch.equal(packed, expected.flatten())
+
+
+def test_the_gradient_lies_in_the_logits_memory_only_if_asked_for() -> None:
+    logits, targets, *_ = make_case(torch.bfloat16)
+    gradients, aliases = [], []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+            leaf, targets, tp_group=None, vocab_size=VOCAB_SIZE, inplace_backward=inplace
+        )
+        (2 * log_probs + entropy).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+        aliases.append(leaf.grad.data_ptr() == leaf.data_ptr())
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0.1
+    assert aliases == [False, True]
+
+
+def test_overwritten_logits_cannot_be_used_unnoticed() -> None:
+    logits, targets, *_ = make_case()
+    leaf = logits.requires_grad_()
+    scaled = leaf * 2
+    also_needs_them = scaled.square().sum()
+    log_probs = vocab_parallel_log_probs(
+        scaled, targets, tp_group=None, vocab_size=VOCAB_SIZE, inplace_backward=True
+    ).sum()
+    log_probs.backward(retain_graph=True)
+    for late in (also_needs_them, log_probs):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
 
 
 def test_large_common_offsets_cost_no_precision() -> None:
@@ -233,11 +264,12 @@ def test_target_outside_the_vocabulary_is_nan_not_a_number_that_looks_right() ->
     [
         ({"temperature": 0.0}, "temperature = 0.0"),
         ({"vocab_size": PADDED_SIZE + 1}, "vocab_size = 49"),
+        ({"logits": torch.zeros(1, 1, PADDED_SIZE).expand(3, 5, -1), "inplace_backward": True}, "share memory"),
         ({"targets": torch.zeros(3, 4, dtype=torch.long)}, "targets"),
     ],
 )
 def test_bad_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     logits, targets, *_ = make_case()
-    arguments = {"targets": targets, "tp_group": None, "vocab_size": VOCAB_SIZE, **change}
+    arguments = {"logits": logits, "targets": targets, "tp_group": None, "vocab_size": VOCAB_SIZE, **change}
     with pytest.raises(ValueError, match=message):
-        vocab_parallel_log_probs(logits, **arguments)
+        vocab_parallel_log_probs(**arguments)
