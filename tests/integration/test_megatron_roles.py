@@ -21,9 +21,11 @@ from megatron_reference import (
 )
 from ranks import run_on_ranks
 
+from mrl.backends.megatron import engine as megatron_engine
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.model import Recompute
 from mrl.backends.megatron.optimizer import DataParallelSettings
+from mrl.backends.megatron.outputs import log_prob_output
 from mrl.backends.megatron.role_state import parallel_state
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.parallel.layout import ParallelLayout
@@ -195,19 +197,29 @@ def test_one_sample_over_many_ranks_updates_like_one_rank(models) -> None:
         assert ours == pytest.approx(alone, rel=2e-5)
 
 
-def test_bfloat16_stays_close_to_float32(models) -> None:
+def test_bfloat16_stays_close_to_float32(models, monkeypatch) -> None:
     batch = mini_batches()[0]
+    dtypes = set()
 
-    def run() -> list[Any]:
+    def note(logits: torch.Tensor, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        dtypes.add(logits.dtype)
+        return log_prob_output(logits, *args, **options)
+
+    monkeypatch.setattr(megatron_engine, "log_prob_output", note)
+
+    def run() -> tuple[list[Any], set[torch.dtype]]:
         results = []
         for options in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "data_parallel": DISTRIBUTED}):
             engine = build("actor", models["qwen2"], {"tp": 2, "pp": 2}, **options)
             log_probs = run_role(engine, "log_probs", batch)
             results.append((log_probs, [run_role(engine, "policy", batch) for _ in range(2)]))
             engine.close()
-        return results
+        return results, dtypes
 
-    single, *halves = run_on_ranks(run, 4)[0]
+    ranks = run_on_ranks(run, 4)
+    # A float32 copy of all logits would take twice their memory, and as much again for its gradient.
+    assert set().union(*(seen for _, seen in ranks)) == {torch.float32, torch.bfloat16}
+    single, *halves = ranks[0][0]
     for log_probs, updates in halves:
         # 8 bits of mantissa through 4 layers; a wrong shard or a lost master copy is off by more than 1.
         assert (log_probs - single[0]).abs().max() < 0.3
