@@ -1,7 +1,7 @@
 """Operations on raw memory: a whole plan of strided copies in one launch, its checksum, and CUDA IPC.
 
 The work is done by the compiled extension of csrc/ (`mrl.ops.extension` says where it comes from), or by the slower
-`mrl.ops.reference` where none can be had.
+`mrl.ops.reference` where none can be had. Beside them, `mrl.ops.vocab_statistics` has kernels of its own, in Triton.
 """
 
 from mrl.ops.cuda_ipc import ipc_close, ipc_export, ipc_open, tensor_from_ptr
