@@ -19,6 +19,8 @@ ALIASES = {
     "actor_rollout_ref.ref.fsdp_config.param_offload": "actor_rollout_ref.ref.megatron.param_offload",
     "critic.model.fsdp_config.param_offload": "critic.megatron.param_offload",
     "critic.model.fsdp_config.optimizer_offload": "critic.megatron.optimizer_offload",
+    "global_profiler.steps": "trainer.profile_steps",
+    "actor_rollout_ref.actor.profiler.ranks": "trainer.profile_ranks",
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",
     "reward_model.num_workers": "reward.num_workers",
@@ -74,6 +76,18 @@ ADVICE = {
             "mbridge_config": "drop it: no bridge is used, the export needs no settings",
         }.items()
     },
+    "global_profiler.save_path": "drop it: traces are written to the folder profile in trainer.default_local_dir",
+    "global_profiler": (
+        "drop it: trainer.profile_steps alone decides, and writes torch's trace of a step and, on GPUs, of its memory"
+    ),
+    **{
+        f"{section}.profiler": "set trainer.profile_steps and trainer.profile_ranks, which hold for all roles of a rank"
+        for section in (*ROLES, "actor_rollout_ref", "actor_rollout_ref.ref", "actor_rollout_ref.rollout")
+    },
+    **{
+        f"trainer.{key}": "drop it: start the command under nsys yourself; phases are NVTX ranges"
+        for key in ("controller_nsight_options", "worker_nsight_options")
+    },
     "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
     "algorithm.filter_groups.max_inflight_gen_batches": (
         "drop it: generation batches of data.gen_batch_size prompts run one after the other"
@@ -107,12 +121,21 @@ def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str
 def explain_unknown(key: str) -> str:
     """One line about a key that does not exist: what replaced it, or which known ones are nearest."""
     target = ALIASES.get(key)
-    advice = f"set {target}" if target else ADVICE.get(key) or ADVICE.get(key.rpartition(".")[0])
+    advice = f"set {target}" if target else _advice(key)
     if advice:
         return f"unknown key {key}: {advice}"
     nearest = suggest_keys(key)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see docs/config.md for all keys"
     return f"unknown key {key}: {hint}"
+
+
+def _advice(key: str) -> str | None:
+    """What is said of the key or of the nearest section around it."""
+    while key:
+        if key in ADVICE:
+            return ADVICE[key]
+        key = key.rpartition(".")[0]
+    return None
 
 
 def _translate_aliases(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:

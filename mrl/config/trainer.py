@@ -106,6 +106,12 @@ class TrainerConfig(Section):
     """Times that a run whose ranks died or hang is started again from its last checkpoint, on the same hosts. Errors
     that name what to change end it at once."""
 
+    profile_steps: tuple[int, ...] | None = None
+    """Steps to trace, such as [3,4]: `profile/step_<n>_rank_<r>.json.gz` in `default_local_dir`, for Perfetto or
+    chrome://tracing, and on GPUs a snapshot of the memory beside it; null is none."""
+    profile_ranks: Literal["all"] | tuple[int, ...] = (0,)
+    """Ranks that trace those steps, or all."""
+
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
@@ -116,11 +122,16 @@ class TrainerConfig(Section):
         """Whether the run validates at any time."""
         return self.val_before_train or self.val_only or self.test_freq > 0
 
+    def profiled_steps(self, rank: int) -> tuple[int, ...]:
+        """The steps that this rank is to trace."""
+        return (self.profile_steps or ()) if self.profile_ranks == "all" or rank in self.profile_ranks else ()
+
     def check(self) -> None:
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations", "max_restarts")
         self._check_phase_timeouts()
+        self._check_profile()
         more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s", "reshard_timeout_s")
         if self.nnodes > 1 and self.reshard_timeout_s > self.engine_call_timeout_s:
             raise ConfigError(
@@ -151,3 +162,25 @@ class TrainerConfig(Section):
                 raise ConfigError(f"phase_timeouts_s names phase {phase!r}; there are {', '.join(PHASES)}")
             if seconds <= 0:
                 raise ConfigError(f"phase_timeouts_s.{phase} = {seconds} must be above 0")
+
+    def _check_profile(self) -> None:
+        for step in self.profile_steps or ():
+            if step < 1:
+                raise ConfigError(f"profile_steps names step {step}; steps count from 1")
+        if self.total_training_steps is not None:
+            self.check_profile_steps(self.total_training_steps)
+        if self.profile_ranks == "all":
+            return
+        if self.profile_steps and not self.profile_ranks:
+            raise ConfigError(
+                "profile_ranks is empty, so no rank would trace profile_steps; name one, or set it to all"
+            )
+        for rank in self.profile_ranks:
+            if not 0 <= rank < self.world_size:
+                raise ConfigError(f"profile_ranks names rank {rank}; the job has ranks 0 to {self.world_size - 1}")
+
+    def check_profile_steps(self, total_steps: int) -> None:
+        """Raise ConfigError if a step to trace lies beyond the run's last."""
+        for step in self.profile_steps or ():
+            if step > total_steps:
+                raise ConfigError(f"profile_steps names step {step}; the run has {total_steps}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 OUTSIDE = "loop"
 """The phase between all others."""
@@ -15,11 +15,17 @@ class PhaseTimer:
 
     Args:
         watch: called with the phase that begins, or goes on because one inside it has ended.
+        span: entered with the name of every phase, for as long as it lasts.
     """
 
-    def __init__(self, watch: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        watch: Callable[[str], None] | None = None,
+        span: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._seconds: dict[str, float] = {}
         self._watch = watch
+        self._span = span
         self._open = [OUTSIDE]
 
     @contextmanager
@@ -38,7 +44,8 @@ class PhaseTimer:
         self._open.append(phase)
         self._tell()
         try:
-            yield
+            with self._span(phase):
+                yield
         finally:
             self._open.pop()
         # Not after an exception: the phase that failed is what a report should name.

@@ -20,6 +20,7 @@ from mrl.launch.environment import RankEnvironment
 from mrl.launch.watchdog import Watchdog
 from mrl.observability.console import setup_logging
 from mrl.observability.memory import device_memory_in_use_gib
+from mrl.observability.profiler import StepProfiler, phase_range
 from mrl.observability.speed import SpeedWatch, time_matmul
 from mrl.observability.timers import PhaseTimer
 from mrl.observability.trackers import TrackerList, build_trackers
@@ -77,7 +78,7 @@ def build_trainer(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: Rank
         if part is not None:
             stack.callback(part.shutdown)
         stack.callback(dist.destroy_process_group)
-        yield _Builder(config, plan, inputs, env, stack, PhaseTimer(watchdog.enter)).build(part)
+        yield _Builder(config, plan, inputs, env, stack, PhaseTimer(watchdog.enter, phase_range)).build(part)
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class _Builder:
             trackers=self._trackers(),
             checkpointer=checkpointer,
             compare_speed=SpeedWatch(partial(time_matmul, plan.device)),
+            profile=self._profiler(),
         )
         state = checkpointer.load(plan.resume)
         if state is not None:
@@ -299,6 +301,10 @@ class _Builder:
         writer = SampleWriter(folder)
         self._stack.callback(writer.close)
         return writer
+
+    def _profiler(self) -> StepProfiler:
+        steps, env = self._config.trainer.profiled_steps(self._env.rank), self._env
+        return StepProfiler(steps, folder=self._plan.run_dir / "profile", rank=env.rank, device=self._plan.device)
 
     def _trackers(self) -> TrackerList:
         if self._env.rank != 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from mrl.config.errors import ConfigError
 from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
@@ -16,6 +18,8 @@ from mrl.trainer.plan import RunPlan
 from mrl.trainer.reward_model import ConversationEncoder, load_encoder
 from mrl.trainer.rewards import check_rewards
 from mrl.trainer.role_plan import RolePlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -36,7 +40,7 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
 
     Raises:
         ValueError: files that are missing, empty or of the wrong form, no prompt that fits, fewer prompts than a
-            batch, or rewards that cannot be computed (see `check_rewards`).
+            batch, rewards that cannot be computed (see `check_rewards`), or steps to trace beyond the run's last.
     """
     # Ranks are forked from this process; the tokenizer's thread pool would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,10 +51,12 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     data = config.data
     seed = config.trainer.seed if data.seed is None else data.seed
     check_rewards(config.reward, {prompt.data_source for prompt in (*train, *(val or ()))})
+    prompts = PromptLoader(train.prompts, batch_size=config.gen_batch_size, shuffle=data.shuffle, seed=seed)
+    _check_profile(config, count_steps(config, prompts), completed=plan.resume.manifest.step if plan.resume else 0)
     return RunInputs(
         tokenizer=tokenizer,
         eos_token_ids=load_eos_token_ids(plan.actor.model_path, tokenizer),
-        prompts=PromptLoader(train.prompts, batch_size=config.gen_batch_size, shuffle=data.shuffle, seed=seed),
+        prompts=prompts,
         val=val,
         reward_encoder=_load_reward_encoder(plan.reward_model),
     )
@@ -61,6 +67,16 @@ def count_steps(config: PPOConfig, loader: PromptLoader) -> int:
     trainer = config.trainer
     prompts = trainer.total_epochs * loader.batches_per_epoch * config.gen_batch_size
     return trainer.total_training_steps or max(1, prompts // config.data.train_batch_size)
+
+
+def _check_profile(config: PPOConfig, total_steps: int, *, completed: int) -> None:
+    try:
+        config.trainer.check_profile_steps(total_steps)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.{error}") from None
+    made = [step for step in config.trainer.profile_steps or () if step <= completed]
+    if made:
+        logger.warning("trainer.profile_steps = %s are not traced: the run continues from step %d", made, completed)
 
 
 def _load_reward_encoder(role: RolePlan | None) -> ConversationEncoder | None:

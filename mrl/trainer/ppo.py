@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -89,6 +90,8 @@ class PPOTrainer:
     checkpointer: Checkpointer | None = None
     compare_speed: Callable[[], Metrics] = dict
     """Metrics of how the ranks' speed compares, taken once a step."""
+    profile: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Entered with the number of every step, for as long as it lasts."""
 
     def __post_init__(self) -> None:
         self._timer = self.phases.timer
@@ -107,7 +110,8 @@ class PPOTrainer:
             return reshard
         metrics: Metrics = {}
         for step in range(completed + 1, settings.total_steps + 1):
-            metrics = self.step(step)
+            with self.profile(step):
+                metrics = self.step(step)
             if self._validates_at(step):
                 metrics |= self._validate(step)
             self.trackers.log(metrics, step=step)

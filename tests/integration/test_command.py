@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -43,7 +44,8 @@ def in_folder(path: Path, *more: str) -> list[str]:
 
 
 def test_a_run_writes_its_outputs_and_reports_them(tmp_path):
-    outcome = run_command(in_folder(tmp_path, "algorithm.use_kl_in_reward=True"), tmp_path)
+    traced = ["trainer.profile_steps=[2]", "trainer.profile_ranks=[1]"]
+    outcome = run_command(in_folder(tmp_path, "algorithm.use_kl_in_reward=True", *traced), tmp_path)
     assert outcome.status == 0, outcome.output
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -62,7 +64,15 @@ def test_a_run_writes_its_outputs_and_reports_them(tmp_path):
     assert {sample["weight_version"] for sample in samples} == {1}
     assert list((run / "samples/val").iterdir())
     assert list((run / "tensorboard").iterdir())
+    assert phases_traced(run / "profile/step_2_rank_1.json.gz") >= {"step", "rollout", "update_actor", "reshard"}
+    assert len(list((run / "profile").iterdir())) == 1
     assert "validation reward" in outcome.output
+
+
+def phases_traced(path: Path) -> set[str]:
+    with gzip.open(path) as trace:
+        names = {event.get("name", "") for event in json.load(trace)["traceEvents"]}
+    return {name.removeprefix("phase/") for name in names if name.startswith("phase/")}
 
 
 def test_the_same_command_twice_keeps_the_first_runs_metrics(tmp_path):
@@ -115,6 +125,10 @@ BAD_INPUT = {
     "too long": (lambda *_: "data.max_response_length=4096", "max_position_embeddings"),
     "batch": (lambda *_: "data.train_batch_size=100000", "number of prompts"),
     "typo": (lambda *_: "trainer.totl_epochs=1", "total_epochs"),
+    "step to trace": (
+        lambda *_: "trainer.total_training_steps=null trainer.total_epochs=1 trainer.profile_steps=[257]",
+        r"trainer\.profile_steps names step 257; the run has 256",
+    ),
     "reward file": (lambda *_: "reward.custom_reward_function.path=/nowhere/reward.py", "/nowhere/reward.py does not"),
 }
 

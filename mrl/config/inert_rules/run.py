@@ -122,6 +122,16 @@ RUN_RULES = (
         reason=_ONE_HOST,
     ),
     Rule(
+        keys=("trainer.profile_ranks",),
+        when=lambda config: not config.trainer.profile_steps,
+        reason="trainer.profile_steps names no step",
+    ),
+    Rule(
+        keys=("trainer.profile_steps",),
+        when=lambda config: config.trainer.val_only,
+        reason="trainer.val_only is True, so no step is made",
+    ),
+    Rule(
         keys=("ray_kwargs.",),
         when=lambda config: config.trainer.launcher not in ("auto", "ray"),
         reason="trainer.launcher is not ray",

@@ -144,3 +144,18 @@ def test_a_mini_batch_splits_into_equal_micro_batches():
     assert check_mini_batch(path="critic", mini_batch_samples=64, micro_batch_size=4, dp_size=2) == 8
     with pytest.raises(ConfigError, match=r"critic: a mini-batch of 64 samples .* 3 data-parallel ranks"):
         check_mini_batch(path="critic", mini_batch_samples=64, micro_batch_size=4, dp_size=3)
+
+
+def test_verls_profiler_keys_are_mapped_or_explained():
+    config = load_config(["global_profiler.steps=[2,3]", "actor_rollout_ref.actor.profiler.ranks=[1]"])
+    assert (config.trainer.profile_steps, config.trainer.profile_ranks) == ((2, 3), (1,))
+    for key, advice in {
+        "global_profiler.save_path": "folder profile in trainer.default_local_dir",
+        "global_profiler.tool": "trainer.profile_steps alone decides",
+        "global_profiler.global_tool_config.nsys.discrete": "trainer.profile_steps alone decides",
+        "critic.profiler.enable": "set trainer.profile_steps and trainer.profile_ranks",
+        "actor_rollout_ref.rollout.profiler.tool_config.torch.step_start": "set trainer.profile_steps",
+        "trainer.worker_nsight_options.trace": "phases are NVTX ranges",
+    }.items():
+        with pytest.raises(ConfigError, match=advice):
+            load_config([f"{key}=1"])

@@ -239,6 +239,8 @@ CASES = [
         "there is no other host",
         ["trainer.launcher=ray"],
     ),
+    ("trainer.profile_ranks=[1]", [], "names no step", ["trainer.profile_steps=[1]"]),
+    ("trainer.profile_steps=[1]", ["trainer.val_only=True"], "no step is made", ["trainer.val_only=False"]),
     ("trainer.network_interface=ib0", [], "there is no other host", ["trainer.nnodes=2"]),
     ("ray_kwargs.ray_init.num_cpus=4", ["trainer.launcher=slurm"], "launcher is not ray", ["trainer.launcher=auto"]),
     (

@@ -176,6 +176,18 @@ def test_the_key_table_is_up_to_date():
             r"trainer\.phase_timeouts_s names phase 'rolout'; there are start",
         ),
         ("trainer.phase_timeouts_s={rollout:0}", r"trainer\.phase_timeouts_s\.rollout = 0 must be above 0"),
+        ("trainer.profile_steps=[0]", r"trainer\.profile_steps names step 0; steps count from 1"),
+        ("trainer.profile_steps=3", r"trainer\.profile_steps = 3 must be a list, each item an integer or null"),
+        (
+            "trainer.profile_steps=[2,5] trainer.total_training_steps=4",
+            r"trainer\.profile_steps names step 5; the run has 4",
+        ),
+        (
+            "trainer.profile_steps=[1] trainer.profile_ranks=[8]",
+            r"names rank 8; the job has ranks 0 to 7",
+        ),
+        ("trainer.profile_ranks=[-1]", r"trainer\.profile_ranks names rank -1"),
+        ("trainer.profile_steps=[1] trainer.profile_ranks=[]", r"trainer\.profile_ranks is empty"),
         ("actor_rollout_ref.rollout.max_engine_restarts=-1", r"max_engine_restarts = -1 must be at least 0"),
         ("trainer.max_actor_ckpt_to_keep=0", r"trainer\.max_actor_ckpt_to_keep = 0 must be at least 1"),
         (
@@ -264,3 +276,15 @@ def test_resolved_values_are_plain_once_more_for_other_libraries():
     plain = config_to_dict(config)
     assert plain["actor_rollout_ref"]["rollout"]["engine_kwargs"]["sglang"] == {"cuda_graph_bs": [1, 2]}
     assert json.loads(json.dumps(plain)) == plain
+
+
+def test_only_the_named_ranks_trace_steps():
+    def profiled(*overrides):
+        trainer = load_config(["trainer.n_gpus_per_node=4", *overrides]).trainer
+        return [trainer.profiled_steps(rank) for rank in range(4)]
+
+    steps = "trainer.profile_steps=[3,4]"
+    assert profiled() == [(), (), (), ()]
+    assert profiled(steps) == [(3, 4), (), (), ()]
+    assert profiled(steps, "trainer.profile_ranks=[1,2]") == [(), (3, 4), (3, 4), ()]
+    assert profiled(steps, "trainer.profile_ranks=all") == [(3, 4)] * 4
