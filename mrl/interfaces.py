@@ -108,6 +108,8 @@ class WeightUpdateReport:
     """Of `bytes`, those from the engine ranks' own devices."""
     remote_bytes: int = 0
     """Of `bytes`, those from other hosts, as counted where they arrived."""
+    aliased_bytes: int = 0
+    """Beside `bytes`: of parameters that are the trainer's own memory."""
 
 
 def update_round(weight_version: int, redo: int) -> str:

@@ -41,7 +41,7 @@ def measure_engine(spec: ModelSpec, copy_rate: float, repeats: int) -> list[Row]
     source = hold(state, spec=spec, layout=layout, rank=0, known_values=False)
     control = {"spec": spec.to_json(), "sources": [source.to_json()]}
     with tempfile.TemporaryDirectory() as folder:
-        _write_config(spec, Path(folder))
+        write_config(spec, Path(folder))
         engine = SGLangEngine.start(
             folder,
             tp_size=1,
@@ -104,7 +104,7 @@ def _send(engine: SGLangEngine, state: State, flat: bool) -> None:
             flush_cache=False,
         )
         # The engine offers no way to send tensors, on purpose.
-        manager = engine._engine_or_raise().tokenizer_manager
+        manager = engine._supervisor.manager
         ok, message = engine._call(manager.update_weights_from_tensor(request, None), "update_weights")
         if not ok:
             raise RuntimeError(f"SGLang refused a bucket: {message}")
@@ -120,7 +120,8 @@ def _median_ms(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _write_config(spec: ModelSpec, folder: Path) -> None:
+def write_config(spec: ModelSpec, folder: Path) -> None:
+    """Make `folder` a Hugging Face folder of that shape, without weights."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": spec.family,

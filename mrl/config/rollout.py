@@ -78,6 +78,9 @@ class RolloutConfig(Section):
     """Share of device memory for weights and KV cache (SGLang's mem_fraction_static)."""
     free_cache_engine: bool = True
     """Release the engine's memory while the trainer works."""
+    alias_weights: bool = False
+    """Have the engines use the actor's own memory for weights that lie there as the engine needs them, instead of a
+    copy. CUDA graphs are then captured in the first step."""
     max_engine_restarts: int = 3
     """Most times that engines which died, or missed `trainer.engine_call_timeout_s`, are restarted in a run; their
     unfinished prompts are generated again. 0 ends the run instead."""
@@ -111,6 +114,21 @@ class RolloutConfig(Section):
         at_least(self, 1, "log_prob_max_token_len_per_gpu")
         not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
         _check_top(self.top_p, self.top_k)
+        if self.alias_weights:
+            _check_weights_stay(self.engine_kwargs.sglang)
+
+
+_MOVES_WEIGHTS = ("speculative_algorithm", "cpu_offload_gb", "offload_group_size", "forward_hooks", "enable_eplb")
+"""SGLang's arguments that need the engine's own weights, or CUDA graphs from its start."""
+
+
+def _check_weights_stay(engine_args: Mapping[str, Any]) -> None:
+    for name in _MOVES_WEIGHTS:
+        value = engine_args.get(name)
+        if value and value != -1:
+            raise ConfigError(
+                f"engine_kwargs.sglang.{name} = {value!r} needs weights of the engine's own; set alias_weights=False"
+            )
 
 
 def _check_top(top_p: float, top_k: int) -> None:

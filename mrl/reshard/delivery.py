@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mrl.reshard.exchange import STAGING_BYTES, Exchange, ExchangeResult, Wire
-from mrl.reshard.execute import Puller, PullResult, open_sources
+from mrl.reshard.execute import Puller, PullResult, bind_aliases, open_sources
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.plan import Plan
 from mrl.reshard.routes import EnginePlaces
@@ -32,12 +32,12 @@ class Delivery:
     """Brings an engine rank the trainer's weights, as often as it is run.
 
     Args:
-        params: the engine rank's live parameters by name.
+        params: the engine rank's live parameters by name; those that the plan aliases become the trainer's memory.
         places: all engine ranks of the job; this one opens the buffers of its own host only.
         capacity: most bytes of one message between hosts, a multiple of 8.
 
     Raises:
-        ValueError: the parameters are not those the plan was made for.
+        ValueError: the parameters are not those the plan was made for, or cannot be the trainer's memory.
         ReshardError: a buffer cannot be opened.
     """
 
@@ -52,6 +52,7 @@ class Delivery:
     ) -> None:
         self.plan = plan
         buffers = open_sources(plan, sources)
+        bind_aliases(plan, buffers, params)
         self._puller = Puller(plan, buffers, params)
         self._exchange = Exchange(
             plan, buffers, params, rank=places.rank, num_ranks=len(places.hosts), capacity=capacity

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mrl.reshard.aliases import ALIGNMENT_BYTES
 from mrl.reshard.cuda_copies import CudaCopies, is_compiled
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute_torch import TorchCopies
@@ -48,11 +49,36 @@ class Copies(Protocol):
 
 
 def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, Tensor]:
-    """Open the buffers that the plan copies or sends from, and no others; ReshardError as `open_buffer`."""
+    """Open the buffers that the plan copies from, sends from or aliases, no others; ReshardError as `open_buffer`."""
     by_rank = {source.rank: source for source in sources}
     sent = chain.from_iterable(transfer.copies for transfer in plan.sends)
-    keys = sorted({(op.src_rank, op.src_buffer) for op in chain(plan.copies, sent)})
+    read = {(op.src_rank, op.src_buffer) for op in chain(plan.copies, sent)}
+    keys = sorted(read | {(alias.src_rank, alias.src_buffer) for alias in plan.aliases})
     return {(rank, index): open_buffer(by_rank[rank].buffers[index]) for rank, index in keys}
+
+
+def bind_aliases(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Have the plan's aliased parameters be the trainer's memory; what they were is freed with its last tensor.
+
+    Nothing may write them from now on: it would write the trainer's weights.
+
+    Args:
+        buffers: of `open_sources`; they must stay mapped while a parameter lies in them.
+
+    Raises:
+        ValueError: the parameters are not those the plan was made for, or an address that the engine's kernels may
+            not be able to read.
+    """
+    _check_same_params(plan, params)
+    for alias in plan.aliases:
+        param = params[alias.dst_param]
+        memory = buffers[alias.src_rank, alias.src_buffer].narrow(0, alias.src_offset, alias.num_bytes)
+        if memory.data_ptr() % ALIGNMENT_BYTES:
+            raise ValueError(
+                f"parameter {alias.dst_param} lies at {memory.data_ptr():#x} in the trainer's memory, which "
+                f"{ALIGNMENT_BYTES} does not divide; set actor_rollout_ref.rollout.alias_weights=False"
+            )
+        param.data = memory.view(param.dtype).view(param.shape)
 
 
 class Puller:

@@ -1,4 +1,4 @@
-"""Which bytes an engine rank copies from which trainer buffers. Pure Python: no torch, process group or engine.
+"""Which bytes an engine rank takes from which trainer buffers. Pure Python: no torch, process group or engine.
 
 Both sides are described as boxes of Hugging Face tensors; the plan is their intersection, checked to write every byte
 of every parameter exactly once. Bytes of other hosts are sent by an engine rank there. A rank plans what it copies,
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from mrl.reshard.aliases import Alias, find_alias
 from mrl.reshard.coverage import boxes_of, check_exact_cover
 from mrl.reshard.families import VOCABULARY_PARAMS
 from mrl.reshard.layout import Piece, SourceRank, TargetParam
@@ -32,7 +33,7 @@ class PlanStats:
     """Within the host and received."""
     fills: int
     bytes: int
-    """Copied and received; fills not counted."""
+    """Copied and received; fills and aliases not counted."""
     fill_bytes: int
     local_bytes: int
     """Copied from memory of the target's own device and host."""
@@ -42,6 +43,8 @@ class PlanStats:
     """Sent to engine ranks on other hosts."""
     bytes_by_source: dict[int, int]
     """By the trainer rank whose memory they come from."""
+    aliased_bytes: int = 0
+    """Of parameters that are the trainer's memory: never moved."""
 
     @property
     def same_host_bytes(self) -> int:
@@ -59,6 +62,8 @@ class Plan:
     copies: tuple[CopyOp, ...]
     """From buffers of this host."""
     fills: tuple[Fill, ...]
+    aliases: tuple[Alias, ...]
+    """Parameters that have no memory of their own: they are the trainer's."""
     receives: tuple[Transfer, ...]
     sends: tuple[Transfer, ...]
     crosses_hosts: bool
@@ -79,6 +84,7 @@ def build_plan(
     device: int,
     ep_size: int = 1,
     places: EnginePlaces | None = None,
+    alias: bool = False,
 ) -> Plan:
     """The plan of engine rank `tp_rank` of `tp_size`, which runs on `device` (-1: CPU) of `host`.
 
@@ -88,6 +94,7 @@ def build_plan(
             ranks hold the same model, so theirs have the same names and shapes.
         ep_size: the engine's expert-parallel size, a divisor of `tp_size`.
         places: all engine ranks of the job; None for one engine, all of it on `host`.
+        alias: have parameters be the trainer's memory where that holds the same bytes in the same order.
 
     Raises:
         ValueError: a name, shape or dtype does not fit, some byte would be written never or twice, or it lies only on
@@ -98,7 +105,8 @@ def build_plan(
     assert (places.tp_rank, places.tp_size, places.host) == (tp_rank, tp_size, host), places
     model = EngineModel(spec=spec, targets=targets, tp_size=tp_size, ep_size=ep_size)
     index = SourceIndex.build(spec, sources, targets[0].element_size)
-    pulls = _Pulls(model, index, LocalChoice(places, device, len(sources)), RemoteChoice(places, sources), places)
+    near, far = LocalChoice(places, device, len(sources)), RemoteChoice(places, sources)
+    pulls = _Pulls(model, index, near, far, places, alias=alias)
     receives = pulls.remote.transfers()
     crossing = crosses_hosts(index.holdings, places)
     sends = plan_sends(model, index, RemoteChoice(places, sources), places) if crossing else ()
@@ -108,32 +116,47 @@ def build_plan(
         targets=tuple(targets),
         copies=tuple(pulls.copies),
         fills=tuple(pulls.fills),
+        aliases=tuple(pulls.aliases),
         receives=receives,
         sends=sends,
         crosses_hosts=crossing,
         stats=_stats(pulls, receives, sends),
-        digest=_digest(targets, pulls.copies, pulls.fills, receives, sends),
+        digest=_digest(targets, pulls.copies, pulls.fills, receives, sends, pulls.aliases),
     )
 
 
 class _Pulls:
-    """What the rank's own parameters are made of: copies within the host, fills, copies from other hosts."""
+    """What the rank's own parameters are made of: aliases, copies within the host, fills, copies from other hosts."""
 
     def __init__(
-        self, model: EngineModel, index: SourceIndex, near: LocalChoice, far: RemoteChoice, places: EnginePlaces
+        self,
+        model: EngineModel,
+        index: SourceIndex,
+        near: LocalChoice,
+        far: RemoteChoice,
+        places: EnginePlaces,
+        *,
+        alias: bool,
     ) -> None:
-        self._index, self._far, self._rank = index, far, places.rank
+        self._index, self._far, self._rank, self._alias = index, far, places.rank, alias
         self.near = near
         self.copies: list[CopyOp] = []
         self.fills: list[Fill] = []
+        self.aliases: list[Alias] = []
         self.remote = TransferList()
         for target in model.targets:
             self._add(target, model.pieces(target, places.tp_rank))
 
     def _add(self, target: TargetParam, pieces: Sequence[Piece]) -> None:
+        found = list(overlaps(target, pieces, self._index))
+        alias = find_alias(target, found, self.near) if self._alias else None
+        if alias is not None:
+            check_target(target, [], [], [alias])
+            self.aliases.append(alias)
+            return
         copies: list[CopyOp] = []
         received: dict[int, list[CopyOp]] = defaultdict(list)
-        for overlap in overlaps(target, pieces, self._index):
+        for overlap in found:
             here = self.near.choose(overlap.holding, overlap.num_bytes)
             if here is not None:
                 copies.append(overlap.copy_from(here[0], here[1].rank))
@@ -148,11 +171,15 @@ class _Pulls:
         self.remote.extend(received)
 
 
-def check_target(target: TargetParam, copies: Iterable[CopyOp], fills: Iterable[Fill]) -> None:
-    """Return if the operations write every byte of `target` exactly once; ValueError otherwise."""
+def check_target(
+    target: TargetParam, copies: Iterable[CopyOp], fills: Iterable[Fill], aliases: Iterable[Alias] = ()
+) -> None:
+    """Return if the operations provide every byte of `target` exactly once; ValueError otherwise."""
     boxes = [box for op in copies for box in boxes_of(target, op.dst_offset, op.dst_pitch, op.rows, op.row_bytes)]
     for fill in fills:
         boxes += boxes_of(target, fill.dst_offset, fill.num_bytes, 1, fill.num_bytes)
+    for alias in aliases:
+        boxes += boxes_of(target, 0, alias.num_bytes, 1, alias.num_bytes)
     check_exact_cover(target, boxes)
 
 
@@ -199,6 +226,7 @@ def _stats(pulls: _Pulls, receives: Sequence[Transfer], sends: Sequence[Transfer
         remote_bytes=remote,
         sent_bytes=sum(transfer.num_bytes for transfer in sends),
         bytes_by_source=dict(sorted(by_source.items())),
+        aliased_bytes=sum(alias.num_bytes for alias in pulls.aliases),
     )
 
 

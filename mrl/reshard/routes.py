@@ -70,6 +70,11 @@ class LocalChoice:
         self.device_bytes += num_bytes if source.device == self._device else 0
         return holding.replicas[replica], source
 
+    def on_device(self, holding: Holding) -> list[tuple[Replica, SourceRank]]:
+        """Every copy on the own device."""
+        near = self._nearest(holding)
+        return [(holding.replicas[index], source) for index, source in near if source.device == self._device]
+
     def _nearest(self, holding: Holding) -> list[tuple[int, SourceRank]]:
         key = holding.shards
         if key not in self._near:

@@ -338,6 +338,7 @@ def _reshard_metrics(reports: Sequence[WeightUpdateReport], seconds: float) -> d
         "reshard/local_bytes": float(local),
         "reshard/same_host_bytes": float(num_bytes - local - remote),
         "reshard/remote_bytes": float(remote),
+        "reshard/aliased_bytes": float(sum(report.aliased_bytes for report in reports)),
         "reshard/ops": float(sum(report.ops for report in reports)),
         "reshard/pull_s": pull_s,
         "reshard/call_s": max(report.call_s for report in reports),

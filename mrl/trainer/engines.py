@@ -82,6 +82,7 @@ def _start_engine(
         part=part,
         start_timeout_s=trainer.engine_start_timeout_s,
         call_timeout_s=trainer.engine_call_timeout_s,
+        alias_weights=config.actor_rollout_ref.rollout.alias_weights,
         during_start=during_start,
     )
 
@@ -90,8 +91,13 @@ def _start_follower(
     config: PPOConfig, plan: RunPlan, env: RankEnvironment, part: EnginePart, *, during_start: Callable[[], None]
 ) -> EngineFollower:
     arguments = engine_args(plan.actor.model_path, **_engine_arguments(config, plan, env), part=part)
-    timeout_s = config.trainer.engine_start_timeout_s
-    return EngineFollower.start(arguments, part=part, start_timeout_s=timeout_s, during_start=during_start)
+    return EngineFollower.start(
+        arguments,
+        part=part,
+        start_timeout_s=config.trainer.engine_start_timeout_s,
+        alias_weights=config.actor_rollout_ref.rollout.alias_weights,
+        during_start=during_start,
+    )
 
 
 def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> dict[str, Any]:

@@ -31,14 +31,12 @@ EOS = 2
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 100, 199, 150, 151, 20, 21, 22, 23], [42]]
 
 
-def make_model(folder: Path, *, kv_heads: int = 4, seed: int = 0) -> LlamaForCausalLM:
+def make_model(folder: Path, *, kv_heads: int = 4, seed: int = 0, **fields: Any) -> LlamaForCausalLM:
     """A small random Llama, saved to `folder`; 200 tokens, so that SGLang pads its vocabulary."""
     torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4} | fields
     config = LlamaConfig(
         vocab_size=200,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,
@@ -47,6 +45,7 @@ def make_model(folder: Path, *, kv_heads: int = 4, seed: int = 0) -> LlamaForCau
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=EOS,
+        **shape,
     )
     model = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder)

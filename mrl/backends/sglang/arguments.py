@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mrl.backends.sglang import weight_loader
+from mrl.backends.sglang import aliasing, weight_loader
 from mrl.backends.sglang.parts import EnginePart
 
 UNUSABLE_TOKENS = 2
@@ -98,9 +98,9 @@ def server_args(device: str, **values: Any) -> dict[str, Any]:
     return args | values
 
 
-def child_environment(device: str, tp_size: int) -> dict[str, str]:
+def child_environment(device: str, tp_size: int, *, alias_weights: bool = False) -> dict[str, str]:
     """Environment variables of the engine's processes."""
-    environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **aliasing.environment(alias_weights)}
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))
         bound = [str(cores[rank % len(cores)]) for rank in range(tp_size)]

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -34,6 +35,8 @@ from mrl.backends.sglang.supervisor import EngineSupervisor
 from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport, update_round
 from mrl.types import Generation, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
 """Called with the number of free slots; returns at most that many (index, token ids), none when the queue is empty."""
 
@@ -51,6 +54,8 @@ class _WeightState:
     """The control message whose layout every engine rank holds a plan of."""
     layout: str = ""
     released: set[str] = field(default_factory=set)
+    graphs_wait: bool = False
+    """CUDA graphs are to be captured once everything is resident."""
 
 
 class SGLangEngine:
@@ -80,6 +85,7 @@ class SGLangEngine:
         max_running_requests: int = 256,
         max_total_tokens: int | None = None,
         mem_fraction_static: float | None = None,
+        alias_weights: bool = False,
         seed: int = 0,
         start_timeout_s: float = 600.0,
         call_timeout_s: float = 1800.0,
@@ -98,6 +104,8 @@ class SGLangEngine:
             device: "cpu" or "cuda".
             context_length: most tokens of a prompt and its response together.
             max_total_tokens: KV cache slots; None lets SGLang fill `mem_fraction_static` of the memory (CUDA only).
+            alias_weights: have parameters be the trainer's memory where it holds the same bytes; the trainer then must
+                not write its weights while the engine generates. CUDA graphs are captured after the first update.
             log_path: takes the children's output; None keeps it in a temporary file for error messages.
             during_start: runs in this process while the children load.
             part: the engine's first, where it spans hosts; names the job's store, over which its processes meet.
@@ -124,7 +132,7 @@ class SGLangEngine:
             args,
             forks=device == "cpu",
             part=part,
-            environment=child_environment(device, tp_size),
+            environment=child_environment(device, tp_size, alias_weights=alias_weights),
             start_timeout_s=start_timeout_s,
             call_timeout_s=call_timeout_s,
             log_path=log_path,
@@ -204,18 +212,21 @@ class SGLangEngine:
         state.delivered, state.invalid = None, "the last weight update failed; repeat it"
         statuses = self._control(message | {"layout": state.layout}, weight_version)
         state.delivered, state.invalid, state.version = control, None, weight_version
+        state.graphs_wait = any(status["graphs_wait"] for status in statuses)
+        self._capture_graphs()
         return WeightUpdateReport(
             weight_version=weight_version,
             bytes=sum(status["bytes"] for status in statuses),
             local_bytes=sum(status["local_bytes"] for status in statuses),
             remote_bytes=sum(status["remote_bytes"] for status in statuses),
+            aliased_bytes=sum(status["aliased_bytes"] for status in statuses),
             ops=sum(status["ops"] for status in statuses),
             pull_s=max(status["seconds"] for status in statuses),
             call_s=time.perf_counter() - begin,
         )
 
     def poison_weights(self) -> None:
-        """Fill every engine parameter with NaN, so that a test sees what an update missed."""
+        """Fill the engine's own parameters with NaN, so that a test sees what an update missed."""
         self._weights.invalid = "the weights were poisoned; call update_weights"
         self._control({"action": "poison"}, None)
 
@@ -244,7 +255,8 @@ class SGLangEngine:
     def resume_memory(self, tags: Sequence[str]) -> None:
         """Take the memory of `tags` again. Weights then hold garbage until `update_weights`.
 
-        A dead engine takes nothing before it is restarted.
+        CUDA graphs that waited for the weights' addresses are captured with the last tag. A dead engine takes nothing
+        before it is restarted.
         """
         wanted = [tag for tag in tags if tag in self._weights.released]
         if not wanted or self._supervisor.is_dead:
@@ -252,6 +264,7 @@ class SGLangEngine:
         request = ResumeMemoryOccupationReqInput(tags=wanted)
         self._call(self._supervisor.manager.resume_memory_occupation(request, None), "resume_memory")
         self._weights.released -= set(wanted)
+        self._capture_graphs()
 
     def shutdown(self) -> None:
         """Kill and reap the engine's processes; idempotent. Other children of this process are left alone."""
@@ -341,6 +354,17 @@ class SGLangEngine:
             details = [status.get("traceback", "") for fine, status in reports if not fine]
             raise EngineError("weight loader failed: " + "; ".join(failed) + "\n" + "\n".join(details))
         return [status for _, status in reports]
+
+    def _capture_graphs(self) -> None:
+        """Where graphs wait for what has just been done: the weights are valid and nothing is released."""
+        state = self._weights
+        if not state.graphs_wait or state.invalid or state.released:
+            return
+        begin = time.perf_counter()
+        gib = self._control({"action": "capture"}, None)[0]["graph_gib"]
+        state.graphs_wait = False
+        if self._device == "cuda":
+            logger.info("CUDA graphs captured in %.1f s, %.2f GiB", time.perf_counter() - begin, gib)
 
     def _flush(self) -> None:
         """Drop the KV cache once the engine is idle; SGLang's scheduler dies of some calls made before that."""

@@ -35,6 +35,7 @@ class EngineFollower:
         *,
         part: EnginePart,
         start_timeout_s: float,
+        alias_weights: bool = False,
         log_path: Path | None = None,
         during_start: Callable[[], None] | None = None,
     ) -> EngineFollower:
@@ -44,6 +45,7 @@ class EngineFollower:
 
         Args:
             args: of `engine_args`.
+            alias_weights: as for `SGLangEngine.start`.
             during_start: runs in this process while the children load.
 
         Raises:
@@ -53,7 +55,7 @@ class EngineFollower:
             args,
             forks=args["device"] == "cpu",
             part=part,
-            environment=child_environment(args["device"], args["tp_size"]),
+            environment=child_environment(args["device"], args["tp_size"], alias_weights=alias_weights),
             start_timeout_s=start_timeout_s,
             call_timeout_s=start_timeout_s,
             log_path=log_path,

@@ -2,6 +2,8 @@
 
 A weight loader that raises would kill its scheduler, and with it the trainer. The hooks turn that into an answer:
 `(False, report)` from every tensor-parallel rank, where `report` is a JSON list with one `[ok, status]` per rank.
+
+Where parameters are the trainer's memory, graphs are captured later than SGLang does, and nothing else may write them.
 """
 
 from __future__ import annotations
@@ -14,12 +16,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mrl.backends.sglang import status
+from mrl.backends.sglang import aliasing, graphs, status, weight_loader
 
 GROUP_INIT = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
-LOADER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+LOADER = f"{_UPDATER}.update_weights_from_tensor"
+OTHER_LOADERS = [f"{_UPDATER}.update_weights_from_{source}" for source in ("disk", "distributed", "ipc")]
+CHECKER = "sglang.srt.model_executor.model_runner.ModelRunner.check_weights"
+_GRAPHS = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
+PREFILL_GRAPH, DECODE_GRAPH = f"{_GRAPHS}.capture_prefill_graph", f"{_GRAPHS}.capture_decode_graph"
+PREFILL_MEMORY = f"{_GRAPHS}.should_skip_auto_prefill_cuda_graph_for_memory"
 UPDATE = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_tensor"
+)
+
+_REFUSAL = (
+    "parameters of this engine are the trainer's memory, which only the trainer may write; "
+    "set actor_rollout_ref.rollout.alias_weights=False"
 )
 
 
@@ -32,6 +45,12 @@ def register() -> None:
         HookRegistry.register(GROUP_INIT, without_cuda_collectives, HookType.AROUND)
     HookRegistry.register(LOADER, report_every_rank, HookType.AROUND)
     HookRegistry.register(UPDATE, fail_instead_of_assert, HookType.AROUND)
+    for target in OTHER_LOADERS:
+        HookRegistry.register(target, refuse_trainers_memory, HookType.AROUND)
+    HookRegistry.register(CHECKER, refuse_reset, HookType.AROUND)
+    HookRegistry.register(PREFILL_GRAPH, put_off_prefill_graph, HookType.AROUND)
+    HookRegistry.register(DECODE_GRAPH, put_off_decode_graph, HookType.AROUND)
+    HookRegistry.register(PREFILL_MEMORY, skip_together, HookType.AROUND)
 
 
 def without_cuda_collectives(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -48,7 +67,7 @@ def report_every_rank(original: Callable[..., tuple[bool, str]], *args: Any, **k
 
     status.take()
     try:
-        ok, message = original(*args, **kwargs)
+        ok, message = _load(original, *args, **kwargs)
         mine = [ok, status.take() if ok else {"error": message}]
     except Exception as error:
         mine = [False, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}]
@@ -57,6 +76,47 @@ def report_every_rank(original: Callable[..., tuple[bool, str]], *args: Any, **k
     if len(reports) > 1:
         dist.all_gather_object(reports, mine, group=group)
     return all(ok for ok, _ in reports), json.dumps(reports)
+
+
+def _load(original: Callable[..., tuple[bool, str]], updater: Any, *, load_format: Any, **kwargs: Any) -> Any:
+    if load_format != weight_loader.PATH:
+        return refuse_trainers_memory(original, updater, load_format=load_format, **kwargs)
+    return original(updater, load_format=load_format, **kwargs)
+
+
+def refuse_trainers_memory(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load weights unless parameters are the trainer's memory."""
+    if aliasing.bound():
+        return False, _REFUSAL
+    return original(*args, **kwargs)
+
+
+def refuse_reset(original: Callable[..., Any], model_runner: Any, action: str, **kwargs: Any) -> Any:
+    """Check weights, but overwrite none that are the trainer's memory; SGLang reports a ValueError to the caller."""
+    if action == "reset_tensors" and aliasing.bound():
+        raise ValueError(_REFUSAL)
+    return original(model_runner, action=action, **kwargs)
+
+
+def put_off_prefill_graph(original: Callable[..., Any], *, model_runner: Any, eager_runner: Any, **kwargs: Any) -> Any:
+    """Capture prefill's graphs, or leave its batches to the runner without graphs until the parameters are in place."""
+    if graphs.put_off(model_runner):
+        return eager_runner
+    return original(model_runner=model_runner, eager_runner=eager_runner, **kwargs)
+
+
+def put_off_decode_graph(original: Callable[..., Any], *, model_runner: Any) -> Any:
+    """Capture decoding's graphs, or none until the parameters are in place."""
+    from sglang.srt.model_executor.model_runner_components.cuda_graph_setup import DecodeGraphCapture
+
+    if graphs.put_off(model_runner):
+        return DecodeGraphCapture(runner=None, graph_mem_usage=0)
+    return original(model_runner=model_runner)
+
+
+def skip_together(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """Skip prefill's graphs for lack of memory where any rank of the engine has to."""
+    return graphs.agree(original(*args, **kwargs))
 
 
 def fail_instead_of_assert(original: Callable[..., Any], manager: Any, request: Any) -> Any:

@@ -7,7 +7,9 @@ The control message is JSON in the name of an empty tensor: SGLang hands loaders
   of a layout also `spec` (`ModelSpec`) and `sources` (`sources_to_json`), and where the job has several engines or
   hosts, `engines`: `hosts` of all engine ranks, `first_rank` of this engine, `meeting` (`MeetingPoint`). Plan, opened
   buffers and connections are kept for the messages that follow, until one fails.
-- `poison`: fill every parameter with NaN, so that a test sees what a pull missed.
+- `capture`: capture the CUDA graphs that waited for the parameters' addresses.
+- `poison`: fill every parameter with NaN, so that a test sees what a pull missed; not those that are the trainer's
+  memory.
 - `fingerprint`: report a digest of every parameter.
 
 `fail_on_rank` raises on that rank before anything is done; tests use it.
@@ -26,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mrl.backends.sglang import status
+from mrl.backends.sglang import aliasing, graphs, status
 from mrl.backends.sglang.engine_group import EngineGroup, MeetingPoint
 from mrl.reshard.delivery import Delivery
 from mrl.reshard.layout import sources_from_json, targets_of
@@ -94,11 +96,13 @@ def _pull(model: nn.Module, control: Mapping[str, Any]) -> None:
     status.put(
         bytes=stats.bytes,
         local_bytes=stats.local_bytes,
+        aliased_bytes=stats.aliased_bytes,
         remote_bytes=result.exchange.received_bytes,
         sent_bytes=result.exchange.sent_bytes,
         ops=stats.copies + stats.fills,
         seconds=result.seconds,
         checksum=result.pull.checksum,
+        graphs_wait=graphs.wait(),
     )
 
 
@@ -119,7 +123,8 @@ def _forget() -> None:
         if bound.group is not None:
             bound.group.close()
     _bound.clear()
-    close_buffers()
+    if not aliasing.bound():
+        close_buffers()
 
 
 def _seed(seed: int) -> None:
@@ -145,9 +150,12 @@ def _bind(model: nn.Module, control: Mapping[str, Any]) -> _Bound:
         device=device_number(next(model.parameters()).device),
         ep_size=expert_parallel_size(model),
         places=places,
+        alias=aliasing.is_on(),
     )
     group = _group(model, control, places) if plan.crosses_hosts else None
-    return _Bound(Delivery(plan, sources, params, places), group)
+    with aliasing.rebinding(plan, params, on_move=graphs.invalidate):
+        delivery = Delivery(plan, sources, params, places)
+    return _Bound(delivery, group)
 
 
 def _places(control: Mapping[str, Any]) -> EnginePlaces:
@@ -164,8 +172,13 @@ def _group(model: nn.Module, control: Mapping[str, Any], places: EnginePlaces) -
 
 
 def _poison(model: nn.Module, control: Mapping[str, Any]) -> None:
-    for param in model.parameters():
-        param.fill_(float("nan"))
+    for name, param in model.named_parameters():
+        if name not in aliasing.bound():
+            param.fill_(float("nan"))
+
+
+def _capture(model: nn.Module, control: Mapping[str, Any]) -> None:
+    status.put(graph_gib=graphs.capture())
 
 
 def _fingerprint(model: nn.Module, control: Mapping[str, Any]) -> None:
@@ -186,6 +199,7 @@ def _tp_rank_and_size() -> tuple[int, int]:
 
 _ACTIONS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "pull": _pull,
+    "capture": _capture,
     "poison": _poison,
     "fingerprint": _fingerprint,
 }

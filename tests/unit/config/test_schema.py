@@ -189,6 +189,11 @@ def test_the_key_table_is_up_to_date():
         ("trainer.profile_ranks=[-1]", r"trainer\.profile_ranks names rank -1"),
         ("trainer.profile_steps=[1] trainer.profile_ranks=[]", r"trainer\.profile_ranks is empty"),
         ("actor_rollout_ref.rollout.max_engine_restarts=-1", r"max_engine_restarts = -1 must be at least 0"),
+        (
+            "actor_rollout_ref.rollout.alias_weights=True "
+            "+actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm=EAGLE",
+            r"speculative_algorithm = 'EAGLE' needs weights of the engine's own; set alias_weights=False",
+        ),
         ("trainer.max_actor_ckpt_to_keep=0", r"trainer\.max_actor_ckpt_to_keep = 0 must be at least 1"),
         (
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",
