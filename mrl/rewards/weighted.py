@@ -16,6 +16,8 @@ from mrl.types import Sample
 logger = logging.getLogger(__name__)
 
 FAILED_KEY = "failed"
+_NO_ACCIDENT = 16
+"""Where so many samples fail and none does not, scoring is broken: zeros would teach nothing, for as long as it takes."""
 
 
 class WeightedReward:
@@ -91,5 +93,7 @@ def _report_failures(part: RewardPart, samples: Sequence[Sample], outcomes: Sequ
     first = f"{what} of sample {prompt.uid!r} (data_source {prompt.data_source!r}) {outcomes[failures[0]].error}"
     if part.on_failure == "raise":
         raise RewardError(f"{first}. Mend what scores it, or have failures score 0 with on_failure=zero")
+    if len(failures) == len(samples) >= _NO_ACCIDENT:
+        raise RewardError(f"none of {len(samples)} samples could be scored, first: {first}. Mend what scores them")
     level = logging.ERROR if len(failures) == len(samples) else logging.WARNING
     logger.log(level, "%d of %d samples could not be scored: score 0; first: %s", len(failures), len(samples), first)

@@ -70,6 +70,14 @@ def test_no_sample_that_can_be_scored_is_an_error_in_the_log(caplog):
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
+def test_a_batch_of_failures_ends_the_run_where_single_ones_score_zero(caplog):
+    parts = [RewardPart(name="", scorer=Scripted(CORRECT), on_failure="zero")]
+    with pytest.raises(RewardError, match=r"none of 16 samples could be scored, first: .* 'row c' .* raised KeyError"):
+        WeightedReward(parts)(make_samples(*"c" * 16))
+    assert WeightedReward(parts)(make_samples("a", *"c" * 15))[1] == (0.0, {"failed": 1.0})
+    assert "15 of 16 samples could not be scored" in caplog.text
+
+
 def test_a_part_may_end_the_run_whatever_the_others_do():
     parts = [
         RewardPart(name="format", scorer=Scripted(FORMAT), on_failure="zero"),
