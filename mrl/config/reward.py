@@ -94,8 +94,8 @@ class RewardConfig(Section):
     pass_environment: tuple[str, ...] = ()
     """Environment variables for functions that would be withheld: the cluster's, and those named like secrets."""
     on_failure: OnFailure = "zero"
-    """A sample whose scoring fails, hangs or gives no finite number scores 0 (`reward/failed`), or ends the run. Where 16
-    or more samples are scored and every one fails, the run ends in either case."""
+    """A sample whose scoring fails, hangs or gives no finite number scores 0 (`reward/failed`), or ends the run. Where
+    16 or more samples are scored and every one fails, the run ends in either case."""
 
     @property
     def uses_model(self) -> bool:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 FAILED_KEY = "failed"
 _NO_ACCIDENT = 16
-"""Where so many samples fail and none does not, scoring is broken: zeros would teach nothing, for as long as it takes."""
+"""Where so many samples fail and none does not, scoring is broken, and zeros for all would teach nothing."""
 
 
 class WeightedReward:
