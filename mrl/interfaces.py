@@ -58,12 +58,19 @@ class TrainEngine(Protocol):
         """The parameters under their Hugging Face names, to be written to `folder`, which exists, as safetensors."""
         ...
 
+    def release(self) -> None:
+        """Free device memory that need not be copied anywhere, and leave the parameters as engines may read them."""
+        ...
+
     def offload(self) -> None:
-        """Give back device memory as configured, once the device has done all work of this role."""
+        """Begin to give back device memory as configured, behind all work of this role so far.
+
+        The role stays usable: what is used comes back. What is given back is free once its copy is done.
+        """
         ...
 
     def onload(self) -> None:
-        """Take the memory back; the role is usable again."""
+        """Begin to take back what a forward pass needs, so that it need not wait for it."""
         ...
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from mrl.interfaces import USER_ERRORS
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.watchdog import Watchdog
 from mrl.observability.console import setup_logging
-from mrl.observability.memory import device_memory_in_use_gib
+from mrl.observability.memory import CudaMemory
 from mrl.observability.profiler import StepProfiler, phase_range
 from mrl.observability.speed import SpeedWatch, time_matmul
 from mrl.observability.timers import PhaseTimer
@@ -91,7 +91,8 @@ class _Roles:
     reward_model: MegatronEngine | None
 
     def present(self) -> list[MegatronEngine]:
-        roles = (self.actor, self.critic, self.reference, self.reward_model)
+        """Those that there are, in the order in which a step uses them."""
+        roles = (self.reward_model, self.actor, self.reference, self.critic)
         return [role for role in roles if role is not None]
 
 
@@ -113,6 +114,8 @@ class _Builder:
         self._env = env
         self._stack = stack
         self._timer = timer
+        # Before the roles: what is in use now is the residue of contexts and engines.
+        self._device_memory = CudaMemory() if plan.device == "cuda" else None
         self._total_steps = count_steps(config, inputs.prompts)
 
     def build(self, part: SGLangEngine | EngineFollower | None) -> PPOTrainer:
@@ -126,7 +129,7 @@ class _Builder:
             rollout=rollout,
             roles=roles.present(),
             engine_tags=engine_tags(config, plan),
-            allocated_gib=device_memory_in_use_gib,
+            device=self._device_memory,
             timer=self._timer,
         )
         reward_model = self._reward_model(roles)
@@ -189,6 +192,8 @@ class _Builder:
     def _engine(self, setup: RoleSetup) -> MegatronEngine:
         engine = build_engine(setup)
         self._stack.callback(engine.close)
+        # The next role is built in the memory that this one gives back.
+        engine.offload()
         return engine
 
     def _critic(self, roles: _Roles) -> CriticRole | None:

@@ -194,6 +194,7 @@ class Checkpointer:
         gather_results(lambda: verify_with_tensors(folder, manifest.files, mine))
         for name, role in self.roles.items():
             role.engine.load_checkpoint(folder / name / ENGINE_STATE, role.load_contents)
+            role.engine.offload()
         state = LoopState(**json.loads((folder / LOOP_STATE).read_text(encoding="utf-8")))
         logger.info("resumed from %s in %.1f s", point, time.perf_counter() - begin)
         return state
@@ -229,6 +230,8 @@ class Checkpointer:
                     pending.files.append(self._writer.submit(task))
                 else:
                     pending.written |= _merge(gather_results(task))
+            # Roles take turns here, too: the optimizers of all of them need not fit at once.
+            role.engine.offload()
 
     def _publish(self, pending: _Unpublished, files: Files) -> int:
         roles = {name: role.record for name, role in self.roles.items()}

@@ -1,6 +1,7 @@
 """Who will hold how much memory in which phase, from sizes alone, before anything starts.
 
 Counted is what follows from the configuration: weights, gradients, optimizer state, the engine's weights and KV cache.
+Roles take turns with what they offload for an update, gradients and optimizer state: the largest turn counts.
 Activations, CUDA contexts and graphs, communication buffers and workspaces come on top; what is left for them is shown.
 """
 
@@ -55,6 +56,13 @@ class MemoryItem:
     rollout: int
     host: int = 0
     """Bytes that wait in pinned host memory meanwhile."""
+    turn: str | None = None
+    """The role during whose updates alone the training bytes are there; None is all the time."""
+
+    @property
+    def label(self) -> str:
+        """The name, and whether it is there in turn only."""
+        return f"{self.name}, in turn" if self.turn else self.name
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -68,8 +76,10 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """A line per item, then what is left."""
-        lines = [(item.name, _pair(item.training, item.rollout)) for item in self.items]
-        training, rollout, host = self._totals()
+        lines = [
+            (item.name + (", in turn" if item.turn else ""), _pair(item.training, item.rollout)) for item in self.items
+        ]
+        training, rollout, host = (sum(shares) for shares in (self._training(), *self._elsewhere()))
         lines.append(("left for activations and runtime", _pair(self.capacity - training, self.capacity - rollout)))
         if host:
             lines.append(("in host memory meanwhile", f"{host / _GIB:.2f} of {self.host_capacity / _GIB:.2f}"))
@@ -77,10 +87,11 @@ class MemoryPlan:
 
     def check(self) -> None:
         """Raise ValueError, with every item, if a phase cannot fit."""
+        rollout, host = self._elsewhere()
         needs = (
-            ("training", [item.training for item in self.items], self.capacity, _TRAINING_REMEDY),
-            ("the rollout", [item.rollout for item in self.items], self.capacity, _ROLLOUT_REMEDY),
-            ("host memory for what is offloaded", [item.host for item in self.items], self.host_capacity, _HOST_REMEDY),
+            ("training", self._training(), self.capacity, _TRAINING_REMEDY),
+            ("the rollout", rollout, self.capacity, _ROLLOUT_REMEDY),
+            ("host memory for what is offloaded", host, self.host_capacity, _HOST_REMEDY),
         )
         for phase, shares, capacity, remedy in needs:
             need = sum(shares)
@@ -92,13 +103,23 @@ class MemoryPlan:
                     f"any activation; {remedy}"
                 )
 
-    def _totals(self) -> tuple[int, int, int]:
-        items = self.items
-        return sum(i.training for i in items), sum(i.rollout for i in items), sum(i.host for i in items)
+    def _training(self) -> list[int]:
+        """Bytes of each item when the trainer holds most."""
+        turns: dict[str, int] = {}
+        for item in self.items:
+            if item.turn:
+                turns[item.turn] = turns.get(item.turn, 0) + item.training
+        largest = max(turns, key=turns.__getitem__, default=None)
+        return [item.training if item.turn in (None, largest) else 0 for item in self.items]
+
+    def _elsewhere(self) -> tuple[list[int], list[int]]:
+        """Bytes of each item during the rollout, on the device and on the host."""
+        return [item.rollout for item in self.items], [item.host for item in self.items]
 
 
 _TRAINING_REMEDY = (
-    "use more tensor or pipeline parallelism, the distributed optimizer, more GPUs, or release the engine's memory "
+    "use more tensor or pipeline parallelism, the distributed optimizer, more GPUs, have roles take turns "
+    "(optimizer_offload and grad_offload of actor.megatron and critic.megatron), or release the engine's memory "
     "(rollout.free_cache_engine=True)"
 )
 _ROLLOUT_REMEDY = (
@@ -165,9 +186,14 @@ def _role_items(role: RoleMemory) -> list[MemoryItem]:
     for name, part, leaves, waits_on_host in parts:
         size = rank_bytes(role.layout, role.spec, part)
         if size:
-            host = size if leaves and waits_on_host else 0
             items.append(
-                MemoryItem(name=f"{role.name} {name}", training=size, rollout=0 if leaves else size, host=host)
+                MemoryItem(
+                    name=f"{role.name} {name}",
+                    training=size,
+                    rollout=0 if leaves else size,
+                    host=size if leaves and waits_on_host else 0,
+                    turn=role.name if leaves and name != "weights" else None,
+                )
             )
     return items
 

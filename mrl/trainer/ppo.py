@@ -178,6 +178,7 @@ class PPOTrainer:
             return batch
         with self._timer("ref_log_prob"):
             ref_log_probs = self.reference.engine.compute_log_probs(batch, limit=self.reference.limit)
+            self.reference.engine.offload()
         return batch.with_fields(ref_log_probs=ref_log_probs)
 
     def _old_log_probs(self, batch: TrainBatch) -> Tensor:
@@ -199,6 +200,8 @@ class PPOTrainer:
         critic = self.critic
         with self._timer("update_critic"):
             metrics = update_role(critic.engine, critic.objective, batch, critic.schedule, step=step)
+            # The actor takes its turn: its optimizer may need the memory.
+            critic.engine.offload()
         return {f"critic/{key}": value for key, value in metrics.items()}
 
     def _update_actor(self, batch: TrainBatch, *, step: int) -> Metrics:

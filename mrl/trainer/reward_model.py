@@ -119,6 +119,7 @@ class RewardModelStage:
         lengths = torch.tensor([len(token_ids) + 1 for token_ids in conversations])
         batch = TrainBatch(tokens=tokens, lengths=lengths, loss_mask=torch.zeros_like(tokens, dtype=torch.bool))
         values = self.engine.compute_values(batch, limit=self.limit)
+        self.engine.offload()
         positions = torch.tensor([self.encoder.scored_position(token_ids) for token_ids in conversations])
         return values[torch.arange(len(conversations)), positions + 1].tolist()
 

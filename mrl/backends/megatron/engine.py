@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from mrl.backends.host_copies import Copier
 from mrl.backends.megatron.buffers import ExportedWeights
 from mrl.backends.megatron.checkpoint import load_role, stage_role
 from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
@@ -68,6 +69,8 @@ class EngineParts:
     """Samples of a micro-batch run end to end instead of padded to the longest."""
     device: torch.device
     offload: OffloadSettings
+    copier: Copier | None
+    """None where nothing can be offloaded."""
 
 
 class MegatronEngine:
@@ -79,7 +82,7 @@ class MegatronEngine:
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
         tp_group = parts.groups.tp
-        self._offload = _role_offload(parts) if parts.device.type == "cuda" else None
+        self._offload = _role_offload(parts)
         self._host_buffer = HostBuffer()
         self._place = ContextPlace(rank=parts.groups.cp.rank(), size=parts.groups.cp.size())
         self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
@@ -120,10 +123,12 @@ class MegatronEngine:
         micro_batches = self._micro_batches(mini_batch, limit)
         guarded = _GuardedLoss(loss_fn, partial(self._outputs, with_entropy=with_entropy))
         with self._parts.state:
+            self._offload.begin_update()
             _zero_gradients(training)
             contributions = self._parts.schedule.forward_backward(micro_batches, guarded)
             metrics = merge_ranks(gather_results(lambda: self._report(guarded, contributions)))
             lr = float(training.optimizer.param_groups[0]["lr"])
+            self._offload.need_optimizer()
             grad_norm = _step(training)
         return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
@@ -143,12 +148,15 @@ class MegatronEngine:
         Where it is written in the background, they are copied to host memory that the next call uses again.
         """
         with self._parts.state:
+            self._offload.need_optimizer()
             self._gather_parameters()
             return stage_role(self._parts, folder, self._host_buffer if in_background else None)
 
     def load_checkpoint(self, folder: Path, contents: Collection[str] = ("model", "optimizer", "extra")) -> None:
         """Continue from what was staged and written, in whatever layout that was; parameters keep their addresses."""
         with self._parts.state:
+            self._offload.begin_update()
+            self._offload.need_optimizer()
             load_role(self._parts, folder, contents)
 
     def stage_hugging_face(self, folder: Path, *, in_background: bool) -> StagedExport:
@@ -161,15 +169,21 @@ class MegatronEngine:
             self._gather_parameters()
             return stage_hf_weights(self._parts, folder, in_background=in_background)
 
+    def release(self) -> None:
+        """Free device memory whose contents need not be kept, and leave the parameters as engines may read them."""
+        if not self._offload.parameters_are_away:
+            with self._parts.state:
+                self._gather_parameters()
+        self._offload.release()
+
     def offload(self) -> None:
-        """Give back device memory as the role's settings say, after all its work there is done."""
-        if self._offload is not None:
-            self._offload.offload()
+        """Begin to give back device memory as the role's settings say, behind its work there; what is used returns."""
+        self.release()
+        self._offload.offload()
 
     def onload(self) -> None:
-        """Take the memory back; the role is usable again."""
-        if self._offload is not None:
-            self._offload.onload()
+        """Begin to bring back what a forward pass needs."""
+        self._offload.onload()
 
     def close(self) -> None:
         """Destroy the role's process groups and drop its model and buffers; the engine is unusable afterwards."""
@@ -251,6 +265,7 @@ class MegatronEngine:
 
     def _gather_parameters(self) -> None:
         """With overlap_param_gather parameters are stale after a step until the next forward pass asks for them."""
+        self._offload.need_parameters()
         if self._parts.training is None:
             return
         for module in self._parts.training.modules:
@@ -268,6 +283,7 @@ def _attention_crossover(spec: ModelSpec) -> int:
 def _role_offload(parts: EngineParts) -> RoleOffload:
     return RoleOffload(
         parts.offload,
+        parts.copier,
         parameters=[parameter for chunk in parts.chunks for _, parameter in chunk.named_parameters()],
         modules=parts.training.modules if parts.training else [],
         optimizer=parts.training.optimizer if parts.training else None,

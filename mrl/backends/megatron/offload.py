@@ -1,8 +1,8 @@
-"""Giving a role's device memory back while others work, and taking it again."""
+"""Giving a role's device memory back while others work, and taking it again when the role is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+
+from mrl.backends.host_copies import Copier, HostCopies
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -24,100 +26,100 @@ class OffloadSettings:
     """Main copies and moments, to pinned host memory."""
 
 
-class HostCopies:
-    """Storages that wait in pinned host memory; tensors keep their identity and, once back, their values.
-
-    Host memory is allocated once and kept.
-    """
-
-    def __init__(self) -> None:
-        self._host: dict[int, Tensor] = {}
-        self._away: list[torch.UntypedStorage] = []
-
-    def offload(self, tensors: Iterable[Tensor]) -> int:
-        """Copy the CUDA storages of `tensors` to the host and free them; returns their bytes."""
-        storages = {item.untyped_storage()._cdata: item.untyped_storage() for item in tensors if item.is_cuda}
-        leaving = [storage for storage in storages.values() if storage.nbytes()]
-        for storage in leaving:
-            host = self._host.get(storage._cdata)
-            if host is None or host.numel() != storage.nbytes():
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
-                self._host[storage._cdata] = host
-            host.copy_(_bytes_of(storage), non_blocking=True)
-        num_bytes = sum(storage.nbytes() for storage in leaving)
-        torch.cuda.synchronize()
-        for storage in leaving:
-            storage.resize_(0)
-        self._away += leaving
-        return num_bytes
-
-    def restore(self) -> None:
-        """Take everything back; the copies run on the current stream."""
-        for storage in self._away:
-            host = self._host[storage._cdata]
-            storage.resize_(host.numel())
-            _bytes_of(storage).copy_(host, non_blocking=True)
-        self._away = []
-
-
 class RoleOffload:
-    """Offload of one role's parameters, gradients and optimizer state, as configured."""
+    """Offload of one role's parameters, gradients and optimizer state, as configured.
+
+    Nothing here waits for the device. What is away comes back when it is asked for: parameters before a pass,
+    gradients and optimizer state for an update, so that a role that is not updated never brings its optimizer.
+
+    Args:
+        copier: None where there is no device to free; then nothing leaves.
+    """
 
     def __init__(
         self,
         settings: OffloadSettings,
+        copier: Copier | None,
         *,
-        parameters: list[torch.nn.Parameter],
-        modules: list[DistributedDataParallel],
+        parameters: Sequence[torch.nn.Parameter],
+        modules: Sequence[DistributedDataParallel],
         optimizer: Any,
     ) -> None:
-        self._settings = settings
         self._parameters = parameters
-        self._modules = modules
         self._optimizer = optimizer
-        self._copies = HostCopies()
+        self._modules = modules if copier and settings.gradients else ()
         self._gradients_away = False
+        # Views of the parameters are in more hands than can be known; those of the optimizer's state are not.
+        self._parameter_copies = HostCopies(copier, packs=False) if copier and settings.parameters else None
+        self._state_copies = HostCopies(copier, packs=True) if copier and settings.optimizer and optimizer else None
 
-    def offload(self) -> None:
-        """Give back what the settings name, and torch's cached blocks; waits for the device."""
-        torch.cuda.synchronize()
-        settings = self._settings
-        if settings.gradients:
+    @property
+    def parameters_are_away(self) -> bool:
+        """Whether they are on the host only."""
+        return self._parameter_copies is not None and self._parameter_copies.is_away
+
+    def release(self) -> None:
+        """Free what need not be copied: gradients, and parameters that are as they were when they left last."""
+        if not self._gradients_away:
             for module in self._modules:
                 module.offload_grad_buffers(synchronize=False, empty_cache=False)
-            self._gradients_away = True
-        leaving: Iterator[Tensor] = iter(())
-        if settings.optimizer and self._optimizer is not None:
-            leaving = chain(leaving, self._optimizer_tensors())
-        if settings.parameters:
-            leaving = chain(leaving, self._parameters)
-        self._copies.offload(leaving)
-        torch.cuda.empty_cache()
+            self._gradients_away = bool(self._modules)
+        if self._parameter_copies is not None:
+            self._parameter_copies.leave(self._parameters, only_if_unchanged=True)
+
+    def offload(self) -> None:
+        """Free that, and begin to move the rest to the host; pieces of it are free as soon as they are copied."""
+        self.release()
+        if self._state_copies is not None:
+            self._state_copies.leave(self._optimizer_tensors())
+        if self._parameter_copies is not None:
+            self._parameter_copies.leave(self._parameters)
 
     def onload(self) -> None:
-        """Take it all back, gradients as zeros."""
-        self._copies.restore()
+        """Begin to bring the parameters back."""
+        if self._parameter_copies is not None:
+            self._parameter_copies.arrive()
+
+    def need_parameters(self) -> None:
+        """Have them back for the computation given from now on."""
+        if self._parameter_copies is not None:
+            self._parameter_copies.arrive()
+            self._parameter_copies.wait()
+
+    def begin_update(self) -> None:
+        """Have parameters and gradients, as zeros, back, and begin to bring the optimizer's state, which changes."""
+        self.need_parameters()
         if self._gradients_away:
             for module in self._modules:
                 module.restore_grad_buffers(synchronize=False)
             self._gradients_away = False
-        torch.cuda.synchronize()
+        for copies in self._copies():
+            copies.arrive()
+            copies.mark_changed()
+
+    def need_optimizer(self) -> None:
+        """Have its state back for the computation given from now on."""
+        if self._state_copies is not None:
+            self._state_copies.arrive()
+            self._state_copies.wait()
+
+    def _copies(self) -> list[HostCopies]:
+        return [copies for copies in (self._parameter_copies, self._state_copies) if copies is not None]
 
     def _optimizer_tensors(self) -> Iterator[Tensor]:
         """Moments and main copies. A float32 role's optimizer steps the model's parameters themselves: those stay."""
+        device = self._parameters[0].device
         model = {parameter.untyped_storage()._cdata for parameter in self._parameters}
         for inner in _inner_optimizers(self._optimizer):
             tensors = chain(
                 (value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)),
                 (parameter for group in inner.param_groups for parameter in group["params"]),
             )
-            yield from (item for item in tensors if item.untyped_storage()._cdata not in model)
+            yield from (
+                item for item in tensors if item.device == device and item.untyped_storage()._cdata not in model
+            )
 
 
 def _inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [each.optimizer for each in chained if each.optimizer is not None]
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -12,6 +12,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mrl.backends.host_copies import build_copier
 from mrl.backends.megatron.buffers import flatten_parameters
 from mrl.backends.megatron.engine import EngineParts, MegatronEngine, TrainingParts
 from mrl.backends.megatron.groups import build_groups
@@ -110,6 +111,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             packed=setup.packed,
             device=device,
             offload=setup.offload,
+            copier=build_copier(device),
         )
     )
 

@@ -30,8 +30,13 @@ class Number:
     value: int = 0
     gate: threading.Event | None = None
     """Writing waits for it."""
+    is_away: bool = False
+
+    def offload(self):
+        self.is_away = True
 
     def stage_checkpoint(self, folder, *, in_background):
+        self.is_away = False
         return NumberWrite(folder, self.value if in_background else self, self.gate)
 
     def load_checkpoint(self, folder, contents):
@@ -49,7 +54,10 @@ class NumberWrite:
     def write(self):
         if self.gate is not None:
             assert self.gate.wait(60)
-        value = self.source.value if isinstance(self.source, Number) else self.source
+        value = self.source
+        if isinstance(value, Number):
+            assert not value.is_away
+            value = value.value
         (self.folder / "value").write_text(str(value) * 1000)
         return [self.folder / "value"]
 
@@ -118,6 +126,7 @@ def test_what_was_saved_is_loaded(tmp_path, one_rank):
     save(checkpointer, 2)
     assert newest(tmp_path) == 2
     assert (checkpointer.root / "latest").read_text() == "global_step_2\n"
+    assert all(role.engine.is_away for role in checkpointer.roles.values()), "one role's state waits for the other's"
 
 
 def test_only_the_newest_of_each_role_are_kept(tmp_path, one_rank):

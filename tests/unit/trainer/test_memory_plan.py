@@ -79,6 +79,33 @@ def test_the_phase_that_does_not_fit_is_named_with_its_items():
         plan_device_memory([offloading], engine, gpu_bytes=2 * trained, host_bytes_per_rank=14 * TOTAL - 1).check()
 
 
+def test_roles_take_turns_with_what_they_offload():
+    def role(name, spec, **offloads):
+        layout = ParallelLayout(world_size=1)
+        return RoleMemory(name=name, spec=spec, layout=layout, bytes_per_parameter=BF16, **offloads)
+
+    both = {"offloads_gradients": True, "offloads_optimizer": True}
+    larger = replace(SPEC, num_hidden_layers=5)
+    more = TOTAL + PER_LAYER
+    engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=2, static_fraction=0.5, releases=True)
+    roles = [role("actor", SPEC, **both), role("critic", larger, **both)]
+    # Weights of both, and gradients, main copies and moments, 16 bytes, of the larger one.
+    need = 2 * TOTAL + 18 * more
+    plan_device_memory(roles, engine, gpu_bytes=need, host_bytes_per_rank=12 * (TOTAL + more)).check()
+    with pytest.raises(ValueError, match=r"training needs .*critic optimizer") as refused:
+        plan_device_memory(roles, engine, gpu_bytes=need - 1, host_bytes_per_rank=GIB).check()
+    assert "actor optimizer" not in str(refused.value)
+    with pytest.raises(ValueError, match="host memory"):
+        plan_device_memory(roles, engine, gpu_bytes=need, host_bytes_per_rank=12 * (TOTAL + more) - 1).check()
+    # Gradients that stay are there in the critic's turn, too.
+    keeps = [role("actor", SPEC, offloads_optimizer=True), roles[1]]
+    with pytest.raises(ValueError, match=r"training needs .*actor gradients"):
+        plan_device_memory(keeps, engine, gpu_bytes=need + 4 * TOTAL - 1, host_bytes_per_rank=GIB).check()
+    plan = plan_device_memory(keeps, engine, gpu_bytes=need + 4 * TOTAL, host_bytes_per_rank=GIB)
+    plan.check()
+    assert {"actor optimizer, in turn", "actor gradients", "critic gradients, in turn"} <= dict(plan.rows()).keys()
+
+
 def test_an_engine_without_room_for_its_weights_is_refused():
     engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=2, static_fraction=0.1)
     with pytest.raises(ValueError, match=r"gpu_memory_utilization = 0\.1"):

@@ -22,6 +22,9 @@ class CountingModel:
         values = torch.nn.functional.pad(outputs[:, :-1], (1, 0))
         return values.masked_fill(position >= batch.lengths[:, None], 0.0)
 
+    def offload(self):
+        pass
+
 
 def make_sample(response, reward=1.0):
     generation = Generation(response_ids=[5], rollout_log_probs=[-1.0], finish_reason="stop", weight_version=1)
