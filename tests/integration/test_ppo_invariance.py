@@ -171,7 +171,7 @@ def train(
             rollout=rollout, scorer=scorer, sampling=sampling, n_samples_per_prompt=1,
             n_prompts=NUM_PROMPTS,
         ),
-        phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=(), allocated_gib=lambda: 0.0),
+        phases=PhaseSwitch(rollout=rollout, roles=(), engine_tags=()),
         actor=ActorRole(engine=actor, schedule=schedule, objective=PolicyObjective(
             policy_loss=policy_loss, correction=correction.correction if correction.bypass_mode else None,
             entropy_coeff=ENTROPY_COEFF, use_kl_loss=True, kl_loss_coef=KL_LOSS_COEF,
