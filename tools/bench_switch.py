@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from benchmark_file import Row, write
 from switch_parts import Job, Stages, check_weights, measure_copies, measure_optimizer, median_ms, start_job
 
@@ -26,6 +27,7 @@ from mrl.backends.sglang.preload import preload_sglang
 from mrl.types import Prompt, SamplingParams
 
 _GIB = 2**30
+_PACKAGES = ("sglang", "megatron-core", "transformer-engine", "torch_memory_saver")
 _WARM_UP = 2
 _TARGET_MS = 150.0
 _CASE = "Qwen2-1.5B shape, actor and critic"
@@ -171,7 +173,8 @@ class Bench:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "sglang", "megatron-core")}
+    found = {each.name: each.version for each in importlib.metadata.distributions() if each.name in _PACKAGES}
+    return {"torch": torch.__version__, **found}
 
 
 def _arguments() -> argparse.Namespace:
