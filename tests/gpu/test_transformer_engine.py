@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -30,8 +31,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Models, Referenc
 
 
 def on_ranks(function: str, argument: Any, *, world_size: int, on_gpus: bool = True) -> Any:
-    """What rank 0 returns. The module is imported there: it starts CUDA, after which nothing can be forked."""
-    return run_on_ranks(lambda: getattr(import_module("te_cases"), function)(argument), world_size, on_gpus=on_gpus)[0]
+    """What rank 0 returns. The module is imported there: it starts CUDA, after which nothing can be forked.
+
+    Plainly pickled tensors would import megatron-core here: it replaces what rebuilds them.
+    """
+
+    def run() -> bytes:
+        buffer = io.BytesIO()
+        torch.save(getattr(import_module("te_cases"), function)(argument), buffer)
+        return buffer.getvalue()
+
+    return torch.load(io.BytesIO(run_on_ranks(run, world_size, on_gpus=on_gpus)[0]))
 
 
 def check_against(reference: tuple[Any, ...], result: tuple[Any, ...], case: str) -> None:
