@@ -13,7 +13,9 @@ rank measures by itself at the same time as the other, then both together with t
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import signal
 import tempfile
 from datetime import timedelta
 from importlib import metadata
@@ -55,6 +57,8 @@ def run_rank(env: RankEnvironment, arguments: argparse.Namespace, model: Path) -
 
     from mrl.reshard.spec import load_spec
 
+    # A rank that waits in the driver says where: kill -USR1.
+    faulthandler.register(signal.SIGUSR1)
     device = torch.device(arguments.device, env.local_rank) if arguments.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
