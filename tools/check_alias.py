@@ -222,7 +222,7 @@ def rows_of_both(alias: Seen, copy: Seen) -> list[Row]:
     """The two engines beside each other."""
     pairs = [_compare(a, b) for a, b in zip(alias.answers, copy.answers, strict=True)]
     names = ("update", "generate")
-    times = [(getattr(seen, f"{name}_ms") for seen in (alias, copy)) for name in names]
+    times = [[getattr(seen, f"{name}_ms") for seen in (alias, copy)] for name in names]
     rows = [
         timed_row(_BOTH, f"{name}_ms", *(statistics.median(values) for values in both))
         for name, both in zip(names, times, strict=True)

@@ -29,6 +29,7 @@ _MEAN_BYTES = (
     ("from its own GPU", "local_bytes"),
     ("from other GPUs of its host", "same_host_bytes"),
     ("from other hosts", "remote_bytes"),
+    ("the trainer's own memory", "aliased_bytes"),
 )
 
 
@@ -161,6 +162,7 @@ def _job(config: PPOConfig, plan: ShapePlan, request: ShapeRequest) -> Job:
         num_engines=plan.num_engines,
         gpus_per_host=request.gpus_per_host,
         dtype=getattr(torch, config.actor_rollout_ref.actor.megatron.dtype),
+        alias=rollout.alias_weights,
     )
 
 

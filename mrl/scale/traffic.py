@@ -55,6 +55,8 @@ class Job:
     num_engines: int
     gpus_per_host: int
     dtype: torch.dtype
+    alias: bool = False
+    """Engine parameters are the trainer's memory where they can be."""
 
 
 def plan_traffic(job: Job, *, most_groups: int | None = None) -> Traffic:
@@ -87,6 +89,7 @@ def plan_traffic(job: Job, *, most_groups: int | None = None) -> Traffic:
             host=hosts[first],
             device=first % job.gpus_per_host,
             places=EnginePlaces(hosts=hosts, tp_size=job.rollout_tp, rank=first),
+            alias=job.alias,
         )
         groups.append(RankGroup(ranks=ranks, stats=plan.stats))
     return Traffic(groups=tuple(groups), num_groups=len(found), num_ranks=num_ranks)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
 from mrl.parallel.auto_layout import BytesPerParameter
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
+from mrl.scale.traffic import Job, plan_traffic
 from mrl.trainer.machine import Machine
 from mrl.trainer.memory_plan import EngineMemory, MemoryPlan, RoleMemory, plan_device_memory, plan_host_memory
 
+_MOST_GROUPS = 4
+"""Kinds of engine ranks whose reshard is planned to see what they share with the actor."""
 _ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,6 +58,7 @@ def plan_memory(
         static_fraction=rollout.gpu_memory_utilization if on_gpu else None,
         kv_tokens=rollout.max_num_seqs * (config.data.max_prompt_length + config.data.max_response_length),
         releases=on_gpu and rollout.free_cache_engine,
+        aliased_bytes=_aliased_bytes(config, roles, num_engines) if rollout.alias_weights else 0,
     )
     if on_gpu:
         host_share = machine.host_bytes // trainer.n_gpus_per_node
@@ -61,3 +67,19 @@ def plan_memory(
         plan = plan_host_memory(roles, engine, num_engines=num_engines, host_bytes=machine.host_bytes * trainer.nnodes)
     plan.check()
     return plan
+
+
+def _aliased_bytes(config: PPOConfig, roles: list[RoleMemory], num_engines: int) -> int:
+    """Of an engine rank's weights, how many are the actor's memory; of the rank with fewest."""
+    actor, rollout = next(role for role in roles if role.name == "actor"), config.actor_rollout_ref.rollout
+    job = Job(
+        spec=actor.spec,
+        layout=actor.layout,
+        rollout_tp=rollout.tensor_model_parallel_size,
+        rollout_ep=int(rollout.engine_kwargs.sglang.get("ep_size", 1)),
+        num_engines=num_engines,
+        gpus_per_host=config.trainer.n_gpus_per_node,
+        dtype=getattr(torch, rollout.dtype),
+        alias=True,
+    )
+    return min(group.stats.aliased_bytes for group in plan_traffic(job, most_groups=_MOST_GROUPS).groups)

@@ -45,6 +45,8 @@ class EngineMemory:
     """Tokens in that cache."""
     releases: bool = False
     """Gives both back while the trainer works."""
+    aliased_bytes: int = 0
+    """Of each rank's weights, those that are the actor's memory."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -147,7 +149,7 @@ def plan_host_memory(
 ) -> MemoryPlan:
     """The memory of one CPU host that runs every rank: nothing leaves it, and phases do not differ."""
     items = [_constant(role.name, _bytes_of_all_ranks(role)) for role in roles]
-    weights = engine.bytes_per_weight * count_params(engine.spec)
+    weights = max(0, engine.bytes_per_weight * count_params(engine.spec) - engine.tp * engine.aliased_bytes)
     items.append(_constant("engine weights", num_engines * weights))
     items.append(_constant("KV cache", num_engines * engine.kv_tokens * kv_bytes_per_token(engine)))
     return MemoryPlan(items=items, capacity=host_bytes, host_capacity=host_bytes)
@@ -208,7 +210,9 @@ def _engine_items(engine: EngineMemory, gpu_bytes: int) -> list[MemoryItem]:
             f"rollout.gpu_memory_utilization = {engine.static_fraction} gives them and the KV cache "
             f"{static / _GIB:.2f} of {gpu_bytes / _GIB:.2f} GiB; raise it, or rollout.tensor_model_parallel_size"
         )
-    sizes = (("engine weights", weights), ("KV cache", static - weights))
+    cache = static - weights
+    # In the first update there are both copies of the weights, but no cache yet.
+    sizes = (("engine weights", weights - min(engine.aliased_bytes, weights, cache)), ("KV cache", cache))
     return [MemoryItem(name=name, training=0 if engine.releases else size, rollout=size) for name, size in sizes]
 
 

@@ -45,13 +45,16 @@ def in_folder(path: Path, *more: str) -> list[str]:
 
 def test_a_run_writes_its_outputs_and_reports_them(tmp_path):
     traced = ["trainer.profile_steps=[2]", "trainer.profile_ranks=[1]"]
-    outcome = run_command(in_folder(tmp_path, "algorithm.use_kl_in_reward=True", *traced), tmp_path)
+    more = ["algorithm.use_kl_in_reward=True", "actor_rollout_ref.rollout.alias_weights=True"]
+    outcome = run_command(in_folder(tmp_path, *more, *traced), tmp_path)
     assert outcome.status == 0, outcome.output
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     last = rows[-1]
+    # Of engines whose weights are partly the actor's memory.
     assert last["parity/log_prob_abs_diff_mean"] < 1e-4
+    assert last["reshard/aliased_bytes"] > last["reshard/bytes"] / 2 > 0
     assert [row.get("rollout/weight_version") for row in rows[1:]] == [1.0, 2.0]
     expected = """reward/mean val/reward_mean response/length_mean actor/loss actor/kl actor/entropy actor/clip_fraction
         actor/grad_norm critic/loss critic/explained_variance parity/log_prob_abs_diff_mean rollout/tokens_per_s

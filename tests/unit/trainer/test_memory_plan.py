@@ -57,6 +57,18 @@ def test_a_device_holds_shards_and_gives_back_what_is_offloaded():
     plan.check()
 
 
+def test_weights_that_are_the_actors_memory_take_no_more():
+    weights = 2 * TOTAL // 4
+    engine = EngineMemory(spec=SPEC, tp=4, bytes_per_weight=2, static_fraction=0.5, aliased_bytes=weights - 100)
+    items = items_of(plan_device_memory([], engine, gpu_bytes=100_000, host_bytes_per_rank=1))
+    assert items == {"engine weights": (100, 100, 0), "KV cache": (50_000 - weights, 50_000 - weights, 0)}
+    # Both copies are there before a small cache is.
+    narrow = items_of(plan_device_memory([], engine, gpu_bytes=2 * weights + 60, host_bytes_per_rank=1))
+    assert narrow == {"engine weights": (weights - 30, weights - 30, 0), "KV cache": (30, 30, 0)}
+    on_host = replace(engine, static_fraction=None)
+    assert items_of(plan_host_memory([], on_host, num_engines=3, host_bytes=GIB))["engine weights"][0] == 3 * 4 * 100
+
+
 def test_the_phase_that_does_not_fit_is_named_with_its_items():
     role = RoleMemory(name="critic", spec=SPEC, layout=ParallelLayout(world_size=1), bytes_per_parameter=BF16)
     engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=2, static_fraction=0.5, releases=True)
@@ -148,6 +160,18 @@ def test_a_run_is_planned_for_gpus_that_are_not_here(tmp_path):
     assert plan.device == "cuda"
     assert rows["KV cache"].split() == ["0.00", "training", "8.00", "rollout"]
     assert {"actor weights", "critic optimizer", "reference weights", "in host memory meanwhile"} <= set(rows)
+
+
+def test_a_run_that_aliases_weights_counts_only_what_it_copies(tmp_path):
+    machine = Machine(device="cuda", host_bytes=64 * GIB, gpu_bytes=GIB)
+
+    def engine_weights(*overrides):
+        config = load_config([f"trainer.default_local_dir={tmp_path}", "trainer.device=cuda", *overrides], "demo")
+        return items_of(plan_run(config, machine).memory)["engine weights"][1]
+
+    alone, aliasing = engine_weights(), engine_weights("actor_rollout_ref.rollout.alias_weights=True")
+    # Embedding and head are padded otherwise, and a rank has two query groups.
+    assert 0 < aliasing < 0.7 * alone
 
 
 def test_what_cannot_fit_is_refused_before_anything_starts(tmp_path):
