@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_model import QWEN2_1_5B, TINY
 from benchmark_file import Row, write
 from switch_parts import Job, Stages, check_weights, measure_copies, measure_optimizer, median_ms, start_job
 
@@ -30,7 +31,6 @@ _GIB = 2**30
 _PACKAGES = ("sglang", "megatron-core", "transformer-engine", "torch_memory_saver")
 _WARM_UP = 2
 _TARGET_MS = 150.0
-_CASE = "Qwen2-1.5B shape, actor and critic"
 _STAGES = (
     "release roles",
     "wait for the last copies",
@@ -66,6 +66,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._rows: list[Row] = []
+        self._case = f"actor and critic, {(TINY if args.smoke else QWEN2_1_5B).name}"
         self._copy_rates: tuple[float, float] | None = None
         self._stages = Stages()
         self._begin = time.perf_counter()
@@ -142,11 +143,11 @@ class Bench:
         if not seconds:
             return
         for name in (*(stage for stage in _STAGES if stage in seconds), "to rollout", "to training"):
-            self._add(_CASE, name, median_ms(seconds[name]), "ms")
+            self._add(self._case, name, median_ms(seconds[name]), "ms")
         parts = zip(*(seconds.get(name, [0.0] * len(seconds["pull"])) for name in _PARTS), strict=True)
         without = [there + back - sum(waits) for there, back, *waits in parts]
         value = median_ms(without)
-        self._add(_CASE, "both ways but copies", value, "ms", limit=_TARGET_MS, inverse=True)
+        self._add(self._case, "both ways but copies", value, "ms", limit=_TARGET_MS, inverse=True)
 
     def _memory_rows(self, memory: list[int], metrics: dict[str, float], checks: int) -> None:
         case, settled = f"{len(memory)} switches", memory[_WARM_UP:]
