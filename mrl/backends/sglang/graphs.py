@@ -35,6 +35,15 @@ def put_off(model_runner: Any) -> bool:
     return True
 
 
+def check_put_off() -> None:
+    """Raise RuntimeError if SGLang has captured graphs at its start: they would go on reading what parameters were."""
+    if _state.model_runner is None:
+        raise RuntimeError(
+            "this SGLang captures CUDA graphs in another place than the hooks know, so weights cannot be aliased; set "
+            "actor_rollout_ref.rollout.alias_weights=False"
+        )
+
+
 def wait() -> bool:
     """Whether graphs are missing, or were captured before parameters moved."""
     return _state.is_waiting
@@ -42,17 +51,15 @@ def wait() -> bool:
 
 def invalidate() -> None:
     """Parameters have moved: what was captured reads the wrong memory."""
-    _state.is_waiting = _state.model_runner is not None
+    _state.is_waiting = True
 
 
 def capture() -> float:
-    """Capture what waits, in SGLang's order; returns the memory that decoding's graphs took, in GiB.
+    """Capture all graphs, in SGLang's order; returns the memory that decoding's graphs took, in GiB.
 
     Called by all of tp_group. The engine is idle, its weights valid and its KV cache resident.
     """
     runner = _state.model_runner
-    if not _state.is_waiting:
-        return 0.0
     _state.is_running = True
     try:
         # As at the engine's start: tensors made in inference mode could not be written outside of it.

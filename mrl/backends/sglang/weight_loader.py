@@ -152,6 +152,8 @@ def _bind(model: nn.Module, control: Mapping[str, Any]) -> _Bound:
         places=places,
         alias=aliasing.is_on(),
     )
+    if plan.aliases:
+        graphs.check_put_off()
     group = _group(model, control, places) if plan.crosses_hosts else None
     with aliasing.rebinding(plan, params, on_move=graphs.invalidate):
         delivery = Delivery(plan, sources, params, places)

@@ -136,6 +136,10 @@ def test_memory_of_another_device_or_host_is_not_aliased():
     # What rank 1 holds whole is on device 1, the halves of tensor-parallel rank 0 are not.
     assert names_without_layer(peer.aliases) == {"input_layernorm.weight", "post_attention_layernorm.weight", NORM}
     assert not plan_aliases(ONE_GROUP, trainer.sources, params, tp_size=2, device=7).aliases
+    state, replicas = state_and_trainer(ONE_GROUP, ParallelLayout(world_size=2))
+    sources = [replace(replicas.sources[0], host="other"), replicas.sources[1]]
+    whole = poisoned(engine_params(ONE_GROUP, state, tp_rank=0, tp_size=1))
+    assert {alias.src_rank for alias in plan_aliases(ONE_GROUP, sources, whole).aliases} == {1}
 
 
 def test_a_parameter_at_an_address_that_kernels_cannot_read_is_copied():
