@@ -92,8 +92,6 @@ class TrainBatch:
     """[B, T] float32, from the reference model."""
     values: Tensor | None = None
     """[B, T] float32, from the critic before the first update of this step."""
-    rewards: Tensor | None = None
-    """[B, T] float32, per token, KL penalty already subtracted if configured."""
     advantages: Tensor | None = None
     """[B, T] float32."""
     returns: Tensor | None = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from mrl.algorithms.blocks import map_blocks, row_blocks
-from mrl.algorithms.masking import compute_moments, require_same_shape
+from mrl.algorithms.blocks import count_rows, row_blocks, selected
+from mrl.algorithms.masking import Moments, compute_moments, require_same_shape
 
-_SCAN_WIDTH = 32
+_SCAN_WIDTH = 16
 """Tokens whose recursion is one matrix product."""
 
 
@@ -32,15 +33,17 @@ def compute_token_rewards(scores: Tensor, loss_mask: Tensor) -> Tensor:
             f"scores {list(scores.shape)} must have one entry per row of loss_mask {list(loss_mask.shape)}"
         )
     rewards = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
-    samples = loss_mask.any(1).nonzero().flatten()
-    last = loss_mask.shape[1] - 1 - loss_mask.flip(1).view(torch.uint8).argmax(1)
-    rewards[samples, last[samples]] = scores[samples].float()
+    places = torch.arange(1, loss_mask.shape[1] + 1, dtype=torch.int32, device=loss_mask.device)
+    for rows in row_blocks(loss_mask.shape):
+        last = (loss_mask[rows].view(torch.uint8) * places).amax(1).long()
+        samples = last.nonzero().flatten()
+        rewards[rows][samples, last[samples] - 1] = scores[rows][samples].float()
     return rewards
 
 
 @torch.no_grad()
 def compute_gae(
-    rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates over response tokens.
 
@@ -53,6 +56,7 @@ def compute_gae(
         values: [B, T] float32, critic output before this update.
         loss_mask: [B, T] bool.
         gamma, lam: per-token discounts in [0, 1].
+        out: takes the advantages; may be `rewards`, where they are not needed any more.
 
     Returns:
         advantages, returns: [B, T] float32, zero where the mask is False. Returns are advantages + values.
@@ -66,19 +70,19 @@ def compute_gae(
     for name, discount in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"algorithm.{name} = {discount} must lie in [0, 1]")
-    advantages, returns = torch.empty_like(values), torch.empty_like(values)
+    advantages, returns = torch.empty_like(values) if out is None else out, torch.empty_like(values)
     for rows in row_blocks(values.shape):
         mask = loss_mask[rows]
         estimate = _gae_of_runs if _are_runs(mask) else _gae_over_gaps
         exact = estimate(rewards[rows], values[rows], mask, gamma=gamma, decay=gamma * lam)
-        advantages[rows] = torch.where(mask, exact, 0.0)
-        returns[rows] = torch.where(mask, exact + values[rows], 0.0)
+        advantages[rows] = selected(exact.to(values.dtype), mask)
+        returns[rows] = selected(exact.add_(values[rows]).to(values.dtype), mask)
     return advantages, returns
 
 
 @torch.no_grad()
-def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """Advantages shifted and scaled to mean 0 and variance 1 over the trained tokens of the batch.
+def whiten_(advantages: Tensor, loss_mask: Tensor) -> Tensor:
+    """Shift and scale advantages, in place, to mean 0 and variance 1 over the trained tokens of the batch.
 
     The statistics are those of all rows given: with the global batch on every rank the result is the same for any
     data-parallel size. The variance is the sample variance (divisor n - 1), 1e-8 is added to it as verl does, and sums
@@ -89,7 +93,7 @@ def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
         loss_mask: [B, T] bool.
 
     Returns:
-        [B, T], same dtype, zero where the mask is False.
+        `advantages`, zero where the mask is False.
 
     Raises:
         ValueError: shapes differ.
@@ -97,48 +101,39 @@ def whiten(advantages: Tensor, loss_mask: Tensor) -> Tensor:
     require_same_shape(advantages=advantages, loss_mask=loss_mask)
     moments = compute_moments(advantages, loss_mask)
     scale = (moments.variance + 1e-8) ** -0.5
+    for rows in row_blocks(advantages.shape):
+        exact = advantages[rows].double().sub_(moments.mean).mul_(scale)
+        advantages[rows] = selected(exact.to(advantages.dtype), loss_mask[rows])
+    return advantages
 
-    def scaled(advantages: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, (advantages.double() - moments.mean) * scale, 0.0)
 
-    return map_blocks(scaled, advantages, loss_mask)
-
-
-@torch.no_grad()
-def compute_explained_variance(values: Tensor, returns: Tensor, loss_mask: Tensor) -> Tensor:
+def explained_variance(returns: Moments, values: Moments, difference: Moments) -> float:
     """Share of the variance of the returns that the values explain: 1 - Var[returns - values] / Var[returns].
 
     Args:
-        values, returns: [B, T] float32.
-        loss_mask: [B, T] bool.
+        difference: of returns - values, like the others over the trained tokens of a batch.
 
     Returns:
-        Scalar float32, at most 1; NaN when the returns vary by no more than float32 rounding of the values in them:
-        nothing is left to explain.
-
-    Raises:
-        ValueError: shapes differ.
+        At most 1; NaN when the returns vary by no more than float32 rounding of the values in them: nothing is left to
+        explain.
     """
-    require_same_shape(values=values, returns=returns, loss_mask=loss_mask)
-    total = compute_moments(returns, loss_mask).variance
-    rounding = 1e-6**2 * compute_moments(values, loss_mask).mean_square
-    if total <= rounding:
-        return torch.tensor(torch.nan)
-    unexplained = compute_moments(returns, loss_mask, minus=values).variance
-    return torch.tensor(1 - unexplained / total, dtype=torch.float32)
+    rounding = 1e-6**2 * values.mean_square
+    if returns.variance <= rounding:
+        return math.nan
+    return 1 - difference.variance / returns.variance
 
 
 def _are_runs(mask: Tensor) -> bool:
     """Whether the trained tokens of each row are adjacent."""
     flags = mask.view(torch.uint8)
-    starts = (flags[:, 1:] > flags[:, :-1]).sum(1) + flags[:, 0]
+    starts = count_rows(flags[:, 1:] > flags[:, :-1]) + flags[:, 0]
     return bool((starts <= 1).all())
 
 
 def _gae_of_runs(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, decay: float) -> Tensor:
     """[b, t] float64 advantages of rows whose trained tokens are adjacent; arbitrary where the mask is False."""
-    value = torch.where(mask, values, 0.0)
-    delta = torch.where(mask, rewards, 0.0).sub_(value)
+    value = selected(values, mask)
+    delta = selected(rewards, mask).sub_(value)
     delta[:, :-1].add_(value[:, 1:], alpha=gamma)
     # A token before the run would be given the value of its first token; its own advantage is dropped, and no other's
     # depends on it.
@@ -164,20 +159,24 @@ def _gae_over_gaps(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: floa
 def _decayed_sums(terms: Tensor, decay: float) -> Tensor:
     """Entry t is the sum over s >= t of decay^(s - t) terms[s]. [b, t] float64.
 
-    Within pieces of `_SCAN_WIDTH` tokens, and from piece to piece, as a product with a triangular matrix: a loop over
-    tokens would need a transposed copy of every tensor. In float64, so that the result, rounded to float32, does not
-    show where pieces begin.
+    Within pieces of `_SCAN_WIDTH` tokens as a product with a triangular matrix, and of the pieces' own sums likewise: a
+    loop over tokens would need a transposed copy of every tensor. In float64, so that the result, rounded to float32,
+    does not show where pieces begin.
     """
     width = terms.shape[1]
-    pieces = torch.nn.functional.pad(terms, (0, -width % _SCAN_WIDTH)).unflatten(1, (-1, _SCAN_WIDTH))
-    within = pieces @ _decay_matrix(_SCAN_WIDTH, decay)
-    behind = within[:, 1:, 0] @ _decay_matrix(within.shape[1] - 1, decay**_SCAN_WIDTH)
-    powers = torch.tensor(decay, dtype=torch.float64) ** torch.arange(_SCAN_WIDTH, 0, -1)
+    if width <= _SCAN_WIDTH:
+        return terms @ _decay_matrix(width, decay)
+    if width % _SCAN_WIDTH:
+        terms = torch.nn.functional.pad(terms, (0, -width % _SCAN_WIDTH))
+    within = terms.unflatten(1, (-1, _SCAN_WIDTH)) @ _decay_matrix(_SCAN_WIDTH, decay)
+    behind = _decayed_sums(within[:, 1:, 0], decay**_SCAN_WIDTH)
+    # decay^16, ..., decay^1
+    powers = _decay_matrix(_SCAN_WIDTH + 1, decay)[-1, :-1]
     within[:, :-1].addcmul_(behind.unsqueeze(2), powers)
     return within.flatten(1)[:, :width]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _decay_matrix(size: int, decay: float) -> Tensor:
     """[s, t] float64: decay^(s - t) for s >= t, else 0."""
     distance = torch.arange(size)[:, None] - torch.arange(size)

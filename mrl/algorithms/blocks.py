@@ -13,6 +13,8 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**16
 """Of one tensor and for each thread that shares the work: 256 KiB of float32."""
 
+_INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
+
 
 def row_blocks(shape: torch.Size) -> Iterator[slice]:
     """Slices of the rows of [B, T], in order, each of about as many elements as a cache holds."""
@@ -23,16 +25,27 @@ def row_blocks(shape: torch.Size) -> Iterator[slice]:
 
 def sum_blocks(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[float]:
     """The sums, in float64, of the scalars that `function` returns for each block of rows of `tensors` [B, T]."""
-    total: Tensor | None = None
+    totals: list[float] = []
     for rows in row_blocks(tensors[0].shape):
-        scalars = torch.stack([scalar.double() for scalar in function(*(tensor[rows] for tensor in tensors))])
-        total = scalars if total is None else total + scalars
-    return [] if total is None else total.tolist()
+        scalars = [float(scalar) for scalar in function(*(tensor[rows] for tensor in tensors))]
+        totals = [total + scalar for total, scalar in zip(totals, scalars, strict=True)] if totals else scalars
+    return totals
 
 
-def map_blocks(function: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `function` returns for each block of rows of `tensors` [B, T], as one tensor [B, T]."""
-    result = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
-    for rows in row_blocks(result.shape):
-        result[rows] = function(*(tensor[rows] for tensor in tensors))
-    return result
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is True and zero elsewhere, even in place of NaN; not differentiable.
+
+    In a third of the time that `torch.where` takes on a CPU, which has no vector code for a mask of bytes.
+
+    Args:
+        values: [b, t] float32 or float64.
+        mask: [b, t] bool.
+    """
+    integer = _INTEGER_OF[values.dtype]
+    # Minus one has every bit set.
+    return (mask.view(torch.uint8).to(integer).neg_() & values.view(integer)).view(values.dtype)
+
+
+def count_rows(mask: Tensor) -> Tensor:
+    """[b] int32: how many of each row of `mask` [b, t] are True."""
+    return mask.view(torch.uint8).sum(1, dtype=torch.int32)

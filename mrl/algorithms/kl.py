@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mrl.algorithms.blocks import map_blocks, sum_blocks
-from mrl.algorithms.masking import masked_mean, masked_sum, require_same_shape
+from mrl.algorithms.blocks import count_rows, selected, sum_blocks
+from mrl.algorithms.masking import require_same_shape
 
 _ESTIMATOR_OF = {
     "kl": "k1",
@@ -22,6 +22,14 @@ _ESTIMATOR_OF = {
 
 KL_KINDS = (*_ESTIMATOR_OF, *(f"{kind}+" for kind in _ESTIMATOR_OF))
 """Names that `compute_kl` takes."""
+
+
+class MeanKL(NamedTuple):
+    """Of a whole batch, in nats per token; 0 of no trained tokens."""
+
+    over_tokens: float
+    over_samples: float
+    """Of each sample's trained tokens first, then of the samples that have any."""
 
 
 def compute_kl(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
@@ -78,64 +86,50 @@ def _estimate(difference: Tensor, estimator: str) -> Tensor:
 
 
 @torch.no_grad()
-def apply_kl_penalty(
+def subtract_kl_(
     rewards: Tensor, log_probs: Tensor, ref_log_probs: Tensor, loss_mask: Tensor, *, kl_coef: float, kind: str
-) -> tuple[Tensor, float]:
-    """Per-token rewards with the KL penalty subtracted, and the batch's KL.
+) -> MeanKL:
+    """Subtract kl_coef * KL from the rewards of trained tokens, in place, and return the batch's KL.
 
     Args:
-        rewards: [B, T] float32, before the penalty.
+        rewards: [B, T] float32, before the penalty; unchanged where the mask is False.
         log_probs: [B, T] float32, of the policy that sampled (`old_log_probs`).
         ref_log_probs: [B, T] float32.
         loss_mask: [B, T] bool.
         kl_coef: weight of the penalty, a controller's current one.
         kind: as in `compute_kl`.
 
-    Returns:
-        rewards: [B, T] float32, rewards - kl_coef * KL on trained tokens and unchanged elsewhere.
-        kl: nats per token, averaged over each sample's trained tokens, then over the samples that have any. This is
-            what a controller's `update` takes.
-
     Raises:
         ValueError: unknown kind, or shapes differ.
     """
     require_same_shape(rewards=rewards, log_probs=log_probs, ref_log_probs=ref_log_probs, loss_mask=loss_mask)
-    per_sample, samples = sum_blocks(
-        lambda log_probs, ref_log_probs, mask: _sample_means(compute_kl(log_probs, ref_log_probs, kind), mask),
-        log_probs,
-        ref_log_probs,
-        loss_mask,
-    )
-    penalised = map_blocks(
-        lambda rewards, log_probs, ref_log_probs, mask: rewards.sub(
-            torch.where(mask, compute_kl(log_probs, ref_log_probs, kind), 0.0), alpha=kl_coef
-        ),
-        rewards,
-        log_probs,
-        ref_log_probs,
-        loss_mask,
-    )
-    return penalised, per_sample / max(samples, 1)
+
+    def subtract(mask: Tensor, rewards: Tensor, log_probs: Tensor, ref_log_probs: Tensor) -> list[Tensor]:
+        kl = selected(compute_kl(log_probs, ref_log_probs, kind), mask)
+        rewards.sub_(kl, alpha=kl_coef)
+        return _kl_sums(kl, mask)
+
+    return _mean_kl(*sum_blocks(subtract, loss_mask, rewards, log_probs, ref_log_probs))
 
 
 @torch.no_grad()
-def compute_mean_kl(log_probs: Tensor, ref_log_probs: Tensor, loss_mask: Tensor, kind: str) -> float:
-    """Mean of `compute_kl` over the trained tokens of a whole batch, all [B, T]; 0 of none."""
-    total, count = sum_blocks(
-        lambda log_probs, ref_log_probs, mask: [
-            masked_sum(compute_kl(log_probs, ref_log_probs, kind), mask, dim=1).double().sum(),
-            mask.count_nonzero(),
-        ],
-        log_probs,
-        ref_log_probs,
-        loss_mask,
-    )
-    return total / max(count, 1)
+def compute_mean_kl(log_probs: Tensor, ref_log_probs: Tensor, loss_mask: Tensor, kind: str) -> MeanKL:
+    """Means of `compute_kl` over the trained tokens of a whole batch, all [B, T]."""
+
+    def sums(mask: Tensor, log_probs: Tensor, ref_log_probs: Tensor) -> list[Tensor]:
+        return _kl_sums(selected(compute_kl(log_probs, ref_log_probs, kind), mask), mask)
+
+    return _mean_kl(*sum_blocks(sums, loss_mask, log_probs, ref_log_probs))
 
 
-def _sample_means(kl: Tensor, mask: Tensor) -> list[Tensor]:
-    """Sum of the samples' means over their trained tokens, and the number of samples that have any."""
-    return [masked_mean(kl.double(), mask, dim=1).sum(), mask.any(1).count_nonzero()]
+def _kl_sums(kl: Tensor, mask: Tensor) -> list[Tensor]:
+    """Of the tokens' KL and of the samples' means, and how many tokens and samples they are."""
+    counts, sums = count_rows(mask), kl.sum(1).double()
+    return [sums.sum(), (sums / counts.clamp(min=1)).sum(), counts.sum(), counts.count_nonzero()]
+
+
+def _mean_kl(of_tokens: float, of_samples: float, num_tokens: float, num_samples: float) -> MeanKL:
+    return MeanKL(of_tokens / max(num_tokens, 1), of_samples / max(num_samples, 1))
 
 
 class KLController(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mrl.algorithms.blocks import sum_blocks
+from mrl.algorithms.blocks import count_rows, selected, sum_blocks
 
 
 def require_same_shape(**tensors: Tensor) -> None:
@@ -35,25 +35,18 @@ def masked_max(values: Tensor, mask: Tensor, *, empty: float) -> Tensor:
     return torch.where(mask, values, floor).max()
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(frozen=True)
 class Moments:
     """Of the values that a mask selects; sums in float64."""
 
     count: int
     total: float
-    magnitudes: float
-    """Sum of absolute values."""
     squares: float
 
     @property
     def mean(self) -> float:
         """0 of no values."""
         return self.total / max(self.count, 1)
-
-    @property
-    def mean_magnitude(self) -> float:
-        """0 of no values."""
-        return self.magnitudes / max(self.count, 1)
 
     @property
     def mean_square(self) -> float:
@@ -67,19 +60,54 @@ class Moments:
 
 
 @torch.no_grad()
-def compute_moments(values: Tensor, mask: Tensor, *, minus: Tensor | None = None) -> Moments:
-    """Moments of `values`, or of `values - minus`, where `mask` is True, in one pass over a whole batch.
+def compute_moments(values: Tensor, mask: Tensor) -> Moments:
+    """Moments of `values` where `mask` is True, in one pass over a whole batch.
 
     Args:
-        values, minus: [B, T] float32.
+        values: [B, T] float32.
         mask: [B, T] bool.
     """
 
-    def sums(mask: Tensor, values: Tensor, minus: Tensor | None = None) -> list[Tensor]:
-        exact = values.double() if minus is None else values.double() - minus
-        selected = torch.where(mask, exact, 0.0).flatten()
-        return [mask.count_nonzero(), selected.sum(), selected.abs().sum(), torch.dot(selected, selected)]
+    def sums(mask: Tensor, values: Tensor) -> list[Tensor]:
+        return [count_rows(mask).sum(), *_sums(selected(values, mask).double())]
 
-    tensors = [mask, values] if minus is None else [mask, values, minus]
-    count, total, magnitudes, squares = sum_blocks(sums, *tensors)
-    return Moments(count=int(count), total=total, magnitudes=magnitudes, squares=squares)
+    count, total, squares = sum_blocks(sums, mask, values)
+    return Moments(int(count), total, squares)
+
+
+@torch.no_grad()
+def compute_moments_and_difference(values: Tensor, others: Tensor, mask: Tensor) -> tuple[Moments, Moments, Moments]:
+    """Moments of `values`, of `others` and of `values - others` where `mask` is True, in one pass over a whole batch.
+
+    Args:
+        values, others: [B, T] float32.
+        mask: [B, T] bool.
+    """
+
+    def sums(mask: Tensor, values: Tensor, others: Tensor) -> list[Tensor]:
+        values, others = selected(values, mask).double(), selected(others, mask).double()
+        found = [count_rows(mask).sum(), *_sums(values), *_sums(others)]
+        return found + _sums(values.sub_(others))
+
+    count, *found = sum_blocks(sums, mask, values, others)
+    first, second, third = (Moments(int(count), *found[place : place + 2]) for place in (0, 2, 4))
+    return first, second, third
+
+
+@torch.no_grad()
+def compute_means(values: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Means of `values` and of their magnitudes where `mask` is True, over a whole batch [B, T]; 0 of none."""
+
+    def sums(mask: Tensor, values: Tensor) -> list[Tensor]:
+        own = selected(values, mask)
+        total = own.sum(1).double().sum()
+        return [count_rows(mask).sum(), total, own.abs_().sum(1).double().sum()]
+
+    count, total, magnitudes = sum_blocks(sums, mask, values)
+    return total / max(count, 1), magnitudes / max(count, 1)
+
+
+def _sums(exact: Tensor) -> list[Tensor]:
+    """Of the values and of their squares."""
+    flat = exact.flatten()
+    return [flat.sum(), torch.dot(flat, flat)]

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mrl.algorithms.blocks import row_blocks, sum_blocks
+from mrl.algorithms.blocks import count_rows, selected, sum_blocks
 from mrl.algorithms.masking import masked_max, masked_mean, masked_sum, require_same_shape
 
 MAX_LOG_RATIO = 20.0
@@ -74,6 +74,11 @@ class RolloutCorrection:
     rejections: tuple[Rejection, ...] = ()
     ratio_bounds: tuple[float, float] = (0.5, 2.0)
     """Ratios outside count in `outside_fraction`; they correct nothing."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything that it corrects."""
+        return self.weighting is not None or bool(self.rejections)
 
     @torch.no_grad()
     def compute(self, log_ratio: Tensor, loss_mask: Tensor) -> CorrectionResult:
@@ -180,34 +185,48 @@ def mismatch_means(log_ratio: Tensor, ratio_bounds: tuple[float, float]) -> dict
 
 
 @torch.no_grad()
-def compute_mismatch(log_ratio: Tensor, loss_mask: Tensor, ratio_bounds: tuple[float, float]) -> dict[str, float]:
+def compute_mismatch(
+    log_probs: Tensor, rollout_log_probs: Tensor, loss_mask: Tensor, ratio_bounds: tuple[float, float]
+) -> dict[str, float]:
     """How far trainer and engine are apart, over the trained tokens of a whole batch.
 
     The means of `mismatch_means`, the largest |d| as `log_prob_abs_diff_max`, and `effective_sample_size`, the share
     of the tokens that a sample of them weighted with their ratios is worth: (sum r)^2 / (n sum r^2).
 
     Args:
-        log_ratio: [B, T] float, log_probs - rollout_log_probs.
+        log_probs, rollout_log_probs: [B, T] float.
         loss_mask: [B, T] bool.
         ratio_bounds: for `outside_fraction`.
     """
+    bounds = [math.log(bound) if bound > 0 else -math.inf for bound in ratio_bounds]
+    peaks: list[float] = []
 
-    def sums(log_ratio: Tensor, mask: Tensor) -> list[Tensor]:
-        # Zeros add nothing to any sum but 1 each to those of the ratio.
-        selected = torch.where(mask, log_ratio, 0.0)
-        means = mismatch_means(selected, ratio_bounds)
-        means["outside_fraction"] *= mask
-        ratio = compute_ratio(selected, mask, "token")
-        values = [*means.values(), ratio, ratio.square()]
-        return [mask.count_nonzero(), *(each.sum(1).double().sum() for each in values)]
+    def sums(mask: Tensor, log_probs: Tensor, rollout_log_probs: Tensor) -> list[Tensor]:
+        log_ratio = selected(log_probs - rollout_log_probs, mask)
+        outside = (log_ratio.clamp(*bounds) != log_ratio) & mask
+        magnitudes = log_ratio.abs()
+        peaks.append(float(magnitudes.amax()))
+        # In float64, in which a sum of exp(d) - 1 - d may be taken term by term. Masked entries are 1 in `ratio`.
+        bounded = log_ratio.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).double().flatten()
+        ratio = bounded.exp()
+        own = count_rows(mask).sum()
+        masked, excess = mask.numel() - own, ratio.sum() - mask.numel()
+        minus_k1, square = bounded.sum(), torch.dot(ratio, ratio) - masked
+        return [
+            own,
+            magnitudes.sum(1).double().sum(),
+            -minus_k1,
+            excess - minus_k1,
+            count_rows(outside).sum(),
+            excess,
+            square,
+        ]
 
-    count, *totals, ratios, squares = sum_blocks(sums, log_ratio, loss_mask)
-    ratios, squares = (total - (loss_mask.numel() - count) for total in (ratios, squares))
-    blocks = row_blocks(log_ratio.shape)
+    count, *totals, excess, squares = sum_blocks(sums, loss_mask, log_probs, rollout_log_probs)
     return {
         **{name: total / max(count, 1) for name, total in zip(_MISMATCH_MEANS, totals, strict=True)},
-        "log_prob_abs_diff_max": max(float(masked_max(log_ratio[r].abs(), loss_mask[r], empty=0.0)) for r in blocks),
-        "effective_sample_size": ratios**2 / (count * squares) if count and squares > 0 else 0.0,
+        "log_prob_abs_diff_max": max(peaks),
+        "effective_sample_size": (count + excess) ** 2 / (count * squares) if count and squares > 0 else 0.0,
     }
 
 

@@ -91,6 +91,9 @@ class TrainerConfig(Section):
     network_interface: str | None = None
     """Interface, such as ib0, whose address each host has for the others, for all but NCCL's own transports; null takes
     GLOO_SOCKET_IFNAME, else the interface that leads to host 0. MRL_HOST_ADDRESS, set on a host, overrides it."""
+    threads_per_rank: int | None = None
+    """CPU threads of each rank's own work on a step's batch. null: on GPUs its share of the host's cores less 2, at
+    most 16 and the same on every rank; on a CPU OMP_NUM_THREADS, as models and engines compute there, too."""
     engine_start_timeout_s: float = 600.0
     """Longest start of a rollout engine, in seconds."""
     engine_call_timeout_s: float = 1800.0
@@ -127,7 +130,7 @@ class TrainerConfig(Section):
         return (self.profile_steps or ()) if self.profile_ranks == "all" or rank in self.profile_ranks else ()
 
     def check(self) -> None:
-        at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps")
+        at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "threads_per_rank")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations", "max_restarts")
         self._check_phase_timeouts()

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 _Part = tuple[int, int, tuple[int, ...]]
 """(sum of lengths, number of samples, their indices)."""
 
+_DIFFERENCED_PER_PART = 8
+"""Of the shortest samples: what the longer ones leave uneven they level, and each costs a merge of all parts."""
+
 
 def partition_balanced(lengths: Sequence[int], num_parts: int, *, equal_size: bool) -> list[list[int]]:
     """Indices of `lengths` in `num_parts` non-empty parts of nearly equal total length.
 
     Largest differencing: partial partitions are merged two at a time, those with the widest spread first, the heavy
-    parts of one with the light parts of the other.
+    parts of one with the light parts of the other. Of many samples for each part the longest are dealt out before, each
+    to the part that has least; unless all parts must be of equal size.
 
     Args:
         lengths: not negative.
@@ -39,7 +43,7 @@ def partition_balanced(lengths: Sequence[int], num_parts: int, *, equal_size: bo
             f"{len(lengths)} samples do not divide into {num_parts} parts of equal size; change the batch size to a "
             f"multiple of {num_parts}"
         )
-    partials = _initial_partitions(lengths, num_parts if equal_size else 1)
+    partials = _rows_of_equals(lengths, num_parts) if equal_size else _singles(lengths, num_parts)
     heap = [(-_spread(parts, num_parts), tie, parts) for tie, parts in enumerate(partials)]
     heapq.heapify(heap)
     for tie in range(len(heap), 2 * len(heap) - 1):
@@ -74,7 +78,7 @@ def split_padded(
         max_tokens: most tokens of a group, counted with its padding; at least the longest sample.
     """
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in _longest_first(lengths):
         count = len(groups[-1]) + 1 if groups else 0
         fits = (
             count > 0
@@ -100,7 +104,7 @@ def fill_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """
     groups: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in _longest_first(lengths):
         place = bisect.bisect_left(rooms, (lengths[index], 0))
         if place < len(rooms):
             room, group = rooms.pop(place)
@@ -134,11 +138,30 @@ def attention_crossover(*, parameters_per_layer: int, attention_size: int) -> in
     return parameters_per_layer // attention_size
 
 
-def _initial_partitions(lengths: Sequence[int], parts_each: int) -> list[list[_Part]]:
-    """Partial partitions, heaviest part first; parts that are not listed are empty."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    singles: list[_Part] = [(lengths[index], 1, (index,)) for index in order]
-    return [singles[first : first + parts_each] for first in range(0, len(singles), parts_each)]
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indices by falling length, equal ones in their order."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+
+def _rows_of_equals(lengths: Sequence[int], num_parts: int) -> list[list[_Part]]:
+    """Partial partitions with a sample in every part, heaviest part first."""
+    singles: list[_Part] = [(lengths[index], 1, (index,)) for index in _longest_first(lengths)]
+    return [singles[first : first + num_parts] for first in range(0, len(singles), num_parts)]
+
+
+def _singles(lengths: Sequence[int], num_parts: int) -> list[list[_Part]]:
+    """Partial partitions of one part each, of which a sample is one or all that were dealt to a part before."""
+    order = _longest_first(lengths)
+    split = max(0, len(order) - _DIFFERENCED_PER_PART * num_parts)
+    dealt: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0, part) for part in range(num_parts)]
+    for index in order[:split]:
+        load, part = loads[0]
+        heapq.heapreplace(loads, (load + lengths[index], part))
+        dealt[part].append(index)
+    parts: list[_Part] = [(load, len(dealt[part]), tuple(dealt[part])) for load, part in loads if dealt[part]]
+    parts += [(lengths[index], 1, (index,)) for index in order[split:]]
+    return [[part] for part in parts]
 
 
 def _merge(wide: list[_Part], narrow: list[_Part], num_parts: int) -> list[_Part]:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from mrl.parallel.balancing import compute_workload, deal_balanced, fill_batches, partition_balanced, split_padded
 from mrl.types import MicroBatchLimit
 
-MicroBatchPlan = list[list[list[int]]]
-"""[dp_rank][micro-batch] -> sample indices; an empty list is a micro-batch without samples."""
-
 
 @dataclass(kw_only=True, frozen=True)
 class PlanRules:
@@ -25,11 +22,14 @@ class PlanRules:
     """Length at which attention costs as much as the rest of the model."""
 
 
-def plan_micro_batches(lengths: Sequence[int], *, limit: MicroBatchLimit, rules: PlanRules) -> MicroBatchPlan:
-    """Deal samples to data-parallel ranks so that each computes about as much, with little padding.
+def plan_micro_batches(
+    lengths: Sequence[int], *, limit: MicroBatchLimit, rules: PlanRules, dp_rank: int
+) -> list[list[int]]:
+    """Sample indices of each micro-batch of one data-parallel rank; an empty list is a micro-batch without samples.
 
-    Every rank gets the same number of micro-batches, as pipeline schedules need; where the samples do not suffice
-    some micro-batches are empty. The plan depends on the arguments only, so that all ranks make the same one.
+    Samples are dealt to data-parallel ranks so that each computes about as much, with little padding. Every rank gets
+    the same number of micro-batches, as pipeline schedules need; where the samples do not suffice some are empty. The
+    plan depends on the arguments only, so that all ranks' parts of it fit together.
 
     Args:
         lengths: tokens of each sample.
@@ -44,13 +44,12 @@ def plan_micro_batches(lengths: Sequence[int], *, limit: MicroBatchLimit, rules:
             f"a sample of {max(lengths)} tokens exceeds the {limit.tokens} tokens of a micro-batch; raise "
             "the role's *_max_token_len_per_gpu"
         )
-    plan = _plan_packed(lengths, limit, rules) if rules.packed else _plan_padded(lengths, limit, rules)
-    for share in plan:
-        share.sort(key=lambda indices: (-_computed_tokens(lengths, indices, rules), indices))
-    return plan
+    plan = _plan_packed if rules.packed else _plan_padded
+    share = plan(lengths, limit, rules, dp_rank)
+    return sorted(share, key=lambda indices: (-_computed_tokens(lengths, indices, rules), indices))
 
 
-def _plan_padded(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRules) -> MicroBatchPlan:
+def _plan_padded(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRules, dp_rank: int) -> list[list[int]]:
     """Samples of like length share a micro-batch; micro-batches are dealt to ranks."""
     fewest = len(split_padded(lengths, max_samples=limit.samples, max_tokens=limit.tokens))
     total = _round_up(fewest, rules.dp_size * rules.count_multiple)
@@ -61,7 +60,7 @@ def _plan_padded(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRule
         for indices in micro_batches
     ]
     shares = partition_balanced(costs, rules.dp_size, equal_size=True)
-    return [[micro_batches[position] for position in share] for share in shares]
+    return [micro_batches[position] for position in shares[dp_rank]]
 
 
 def _split_evenly(lengths: Sequence[int], limit: MicroBatchLimit, most: int) -> list[list[int]]:
@@ -78,12 +77,12 @@ def _split_evenly(lengths: Sequence[int], limit: MicroBatchLimit, most: int) -> 
     return split_padded(lengths, max_tokens=low)
 
 
-def _plan_packed(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRules) -> MicroBatchPlan:
+def _plan_packed(lengths: Sequence[int], limit: MicroBatchLimit, rules: PlanRules, dp_rank: int) -> list[list[int]]:
     """Samples are dealt to ranks, and each rank's to micro-batches, in which they lie longest first."""
     costs = [compute_workload(length, crossover=rules.crossover) for length in lengths]
     shares = deal_balanced(costs, rules.dp_size, equal_counts=limit.samples is not None)
     count = _round_up(max(_count_packed(lengths, share, limit) for share in shares), rules.count_multiple)
-    return [_split_share(lengths, costs, share, limit, count) for share in shares]
+    return _split_share(lengths, costs, shares[dp_rank], limit, count)
 
 
 def _count_packed(lengths: Sequence[int], share: Sequence[int], limit: MicroBatchLimit) -> int:

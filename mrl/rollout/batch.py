@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from mrl.types import Sample, TrainBatch
+from mrl.types import Prompt, Sample, TrainBatch
 
 
 class Decoder(Protocol):
@@ -32,22 +31,29 @@ def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int =
         _check(sample)
     prompts = [len(sample.prompt.token_ids) for sample in samples]
     lengths = [prompt + len(sample.generation.response_ids) for prompt, sample in zip(prompts, samples, strict=True)]
-    width = -(-max(lengths) // multiple) * multiple
-    tokens = np.empty((len(samples), width), dtype=np.int64)
-    loss_mask = np.zeros((len(samples), width), dtype=np.bool_)
-    rollout_log_probs = np.zeros((len(samples), width), dtype=np.float32)
+    shape = len(samples), -(-max(lengths) // multiple) * multiple
+    batch = TrainBatch(
+        tokens=torch.full(shape, pad_token_id),
+        lengths=torch.tensor(lengths),
+        loss_mask=torch.zeros(shape, dtype=torch.bool),
+        rollout_log_probs=torch.zeros(shape),
+    )
+    _fill(batch, samples, prompts, lengths)
+    return batch
+
+
+def _fill(batch: TrainBatch, samples: Sequence[Sample], prompts: Sequence[int], lengths: Sequence[int]) -> None:
+    """Write the samples' tokens and log-probs; `prompts` and `lengths` are the tokens of each prompt and sample."""
+    tokens, loss_mask = batch.tokens.numpy(), batch.loss_mask.numpy()
+    rollout_log_probs = batch.required("rollout_log_probs").numpy()
+    last: Prompt | None = None
     for row, (sample, prompt, length) in enumerate(zip(samples, prompts, lengths, strict=True)):
-        tokens[row, :prompt] = sample.prompt.token_ids
+        # A prompt's samples lie side by side: its list of Python numbers is read once.
+        tokens[row, :prompt] = sample.prompt.token_ids if sample.prompt is not last else tokens[row - 1, :prompt]
         tokens[row, prompt:length] = sample.generation.response_ids
-        tokens[row, length:] = pad_token_id
         loss_mask[row, prompt:length] = True
         rollout_log_probs[row, prompt:length] = sample.generation.rollout_log_probs
-    return TrainBatch(
-        tokens=torch.from_numpy(tokens),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        loss_mask=torch.from_numpy(loss_mask),
-        rollout_log_probs=torch.from_numpy(rollout_log_probs),
-    )
+        last = sample.prompt
 
 
 def decode_responses(samples: Sequence[Sample], tokenizer: Decoder) -> list[str]:

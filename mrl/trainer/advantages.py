@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mrl.algorithms.advantages import compute_explained_variance, compute_token_rewards
+from mrl.algorithms.advantages import compute_token_rewards, explained_variance
 from mrl.algorithms.estimators import AdvantageInputs, Estimator
-from mrl.algorithms.kl import KLController, apply_kl_penalty, compute_mean_kl
-from mrl.algorithms.masking import compute_moments
+from mrl.algorithms.kl import KLController, compute_mean_kl, subtract_kl_
+from mrl.algorithms.masking import compute_means, compute_moments_and_difference
 from mrl.types import Sample, TrainBatch
 
 Metrics = dict[str, float]
@@ -19,7 +19,7 @@ Metrics = dict[str, float]
 
 @dataclass(kw_only=True)
 class AdvantageStage:
-    """Fills in rewards, advantages and returns. Called by all ranks with the same global batch."""
+    """Fills in advantages and returns. Called by all ranks with the same global batch."""
 
     estimator: Estimator
     kl_penalty: str
@@ -30,7 +30,7 @@ class AdvantageStage:
     """Samples side by side that are one prompt's."""
 
     def compute(self, batch: TrainBatch, samples: Sequence[Sample]) -> tuple[TrainBatch, Metrics]:
-        """`batch` with rewards, advantages and returns set; its log-probs and, with a critic, values are set."""
+        """`batch` with advantages and returns set; its log-probs and, with a critic, values are set."""
         rewards, metrics = self._token_rewards(batch, samples)
         inputs = AdvantageInputs(
             rewards=rewards,
@@ -41,14 +41,12 @@ class AdvantageStage:
         )
         advantages, returns = self.estimator(inputs)
         mask = batch.loss_mask
-        moments = compute_moments(advantages, mask)
-        metrics |= {"advantage/mean": moments.mean, "advantage/abs_mean": moments.mean_magnitude}
+        mean, abs_mean = compute_means(advantages, mask)
+        metrics |= {"advantage/mean": mean, "advantage/abs_mean": abs_mean}
         if batch.values is not None:
-            metrics |= {
-                "critic/explained_variance": float(compute_explained_variance(batch.values, returns, mask)),
-                "critic/return_mean": compute_moments(returns, mask).mean,
-            }
-        return batch.with_fields(rewards=rewards, advantages=advantages, returns=returns), metrics
+            fit = compute_moments_and_difference(returns, batch.values, mask)
+            metrics |= {"critic/explained_variance": explained_variance(*fit), "critic/return_mean": fit[0].mean}
+        return batch.with_fields(advantages=advantages, returns=returns), metrics
 
     def _token_rewards(self, batch: TrainBatch, samples: Sequence[Sample]) -> tuple[Tensor, Metrics]:
         """Each sample's score on its last token, minus the KL penalty if configured. [B, T] float32."""
@@ -57,15 +55,17 @@ class AdvantageStage:
         if batch.ref_log_probs is None:
             return rewards, {}
         old_log_probs, ref_log_probs = batch.required("old_log_probs"), batch.ref_log_probs
-        metrics = {"actor/ref_kl": compute_mean_kl(old_log_probs, ref_log_probs, mask, self.kl_penalty)}
         if self.kl_controller is None:
-            return rewards, metrics
+            kl = compute_mean_kl(old_log_probs, ref_log_probs, mask, self.kl_penalty)
+            return rewards, {"actor/ref_kl": kl.over_tokens}
         kl_coef = self.kl_controller.kl_coef
-        rewards, current_kl = apply_kl_penalty(
-            rewards, old_log_probs, ref_log_probs, mask, kl_coef=kl_coef, kind=self.kl_penalty
-        )
-        self.kl_controller.update(current_kl, n_steps=len(batch))
-        return rewards, {**metrics, "actor/reward_kl": current_kl, "actor/reward_kl_coef": kl_coef}
+        kl = subtract_kl_(rewards, old_log_probs, ref_log_probs, mask, kl_coef=kl_coef, kind=self.kl_penalty)
+        self.kl_controller.update(kl.over_samples, n_steps=len(batch))
+        return rewards, {
+            "actor/ref_kl": kl.over_tokens,
+            "actor/reward_kl": kl.over_samples,
+            "actor/reward_kl_coef": kl_coef,
+        }
 
 
 def group_numbers(samples: Sequence[Sample], n_samples_per_prompt: int) -> Tensor:

@@ -16,6 +16,7 @@ from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
 from mrl.config.schema import PPOConfig
 from mrl.interfaces import USER_ERRORS
+from mrl.launch.cores import take_share
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.watchdog import Watchdog
 from mrl.observability.console import setup_logging
@@ -78,6 +79,8 @@ def build_trainer(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: Rank
         if part is not None:
             stack.callback(part.shutdown)
         stack.callback(dist.destroy_process_group)
+        # After the fork of what forks engines: a process that has used several threads must not fork.
+        take_share(env.host_address, requested=config.trainer.threads_per_rank, on_gpu=plan.device == "cuda")
         yield _Builder(config, plan, inputs, env, stack, PhaseTimer(watchdog.enter, phase_range)).build(part)
 
 

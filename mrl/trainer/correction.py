@@ -25,10 +25,14 @@ class CorrectionStage:
         trained tokens of the step, rejected or not."""
         if self.bypass_mode:
             return batch, {}
-        log_ratio, mask = batch.required("old_log_probs") - batch.required("rollout_log_probs"), batch.loss_mask
-        mismatch = compute_mismatch(log_ratio, mask, self.correction.ratio_bounds)
-        result = self.correction.compute(log_ratio, mask)
-        done = correction_metrics(self.correction, log_ratio, mask, result)
+        correction, mask = self.correction, batch.loss_mask
+        log_probs, rollout_log_probs = batch.required("old_log_probs"), batch.required("rollout_log_probs")
+        mismatch = compute_mismatch(log_probs, rollout_log_probs, mask, correction.ratio_bounds)
         metrics = {f"parity/{name}": value for name, value in mismatch.items()}
+        if not correction.acts:
+            return batch, metrics
+        log_ratio = log_probs - rollout_log_probs
+        result = correction.compute(log_ratio, mask)
+        done = correction_metrics(correction, log_ratio, mask, result)
         metrics |= {f"rollout_corr/{name}": value for name, value in done.items()}
         return batch.with_fields(rollout_is_weights=result.weights, accepted=result.accepted), metrics

@@ -13,7 +13,7 @@ class AdvantageInputs:
     """All samples of a step, on every rank."""
 
     rewards: Tensor
-    """[B, T] float32, per token, KL penalty already subtracted."""
+    """[B, T] float32, per token, KL penalty already subtracted; an estimator may write over them."""
     loss_mask: Tensor
     """[B, T] bool."""
     groups: Tensor

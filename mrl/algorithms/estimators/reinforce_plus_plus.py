@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mrl.algorithms.advantages import compute_gae, whiten
+from mrl.algorithms.advantages import compute_gae, whiten_
 from mrl.algorithms.estimators.base import AdvantageInputs, Advantages
 
 
@@ -27,4 +27,4 @@ class ReinforcePlusPlus:
         """
         zeros = torch.zeros_like(inputs.rewards)
         _, returns = compute_gae(inputs.rewards, zeros, inputs.loss_mask, gamma=self.gamma, lam=1.0)
-        return Advantages(whiten(returns, inputs.loss_mask), returns)
+        return Advantages(whiten_(returns.clone(), inputs.loss_mask), returns)

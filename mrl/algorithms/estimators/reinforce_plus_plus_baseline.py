@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mrl.algorithms.advantages import whiten
+from mrl.algorithms.advantages import whiten_
 from mrl.algorithms.estimators.base import AdvantageInputs, Advantages
 from mrl.algorithms.estimators.outcome import compute_group_baseline, compute_sample_rewards, spread_over_tokens
 
@@ -25,5 +25,5 @@ class ReinforcePlusPlusBaseline:
         """
         rewards = compute_sample_rewards(inputs)
         centered = spread_over_tokens(rewards - compute_group_baseline(rewards, inputs.groups), inputs.loss_mask)
-        whitened = whiten(centered.advantages, inputs.loss_mask)
+        whitened = whiten_(centered.advantages, inputs.loss_mask)
         return Advantages(whitened, whitened)

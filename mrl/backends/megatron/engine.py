@@ -237,9 +237,9 @@ class MegatronEngine:
             packed=parts.packed,
             crossover=_attention_crossover(parts.spec),
         )
-        plan = plan_micro_batches(lengths, limit=limit, rules=rules)
+        share = plan_micro_batches(lengths, limit=limit, rules=rules, dp_rank=parts.groups.dp.rank())
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
-        return [self._micro_batch(batch, indices, shortest) for indices in plan[parts.groups.dp.rank()]]
+        return [self._micro_batch(batch, indices, shortest) for indices in share]
 
     def _micro_batch(self, batch: TrainBatch, indices: list[int], stand_in: int) -> MicroBatch:
         packed, multiple = self._parts.packed, self._parts.schedule.width_multiple

@@ -1,12 +1,15 @@
 """GAE, whitening, token rewards and explained variance."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from mrl.algorithms.advantages import compute_explained_variance, compute_gae, compute_token_rewards, whiten
+from mrl.algorithms.advantages import compute_gae, compute_token_rewards, explained_variance, whiten_
+from mrl.algorithms.masking import compute_moments_and_difference
 
 
 def make_case(seed: int = 0, num_samples: int = 6, width: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,12 +88,27 @@ def test_gae_does_not_see_padding_or_other_samples(seed: int, front: int, back: 
         assert other[:, :front].count_nonzero() == other[:, front + width :].count_nonzero() == 0
 
 
+def test_gae_may_write_over_the_rewards() -> None:
+    rewards, values, mask = make_case()
+    advantages, returns = compute_gae(rewards, values, mask, gamma=0.9, lam=0.8)
+    over, same_returns = compute_gae(rewards, values, mask, gamma=0.9, lam=0.8, out=rewards)
+    assert over is rewards
+    assert torch.equal(over, advantages)
+    assert torch.equal(same_returns, returns)
+
+
 def test_gae_refuses_wrong_shapes_and_discounts() -> None:
     rewards, values, mask = make_case()
     with pytest.raises(ValueError, match=r"rewards \[6, 10\], values \[6, 11\]"):
         compute_gae(rewards[:, 1:], values, mask, gamma=1.0, lam=1.0)
     with pytest.raises(ValueError, match=r"algorithm\.lam = 1\.5"):
         compute_gae(rewards, values, mask, gamma=1.0, lam=1.5)
+
+
+def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    changed = advantages.clone()
+    assert whiten_(changed, mask) is changed
+    return changed
 
 
 def test_whiten_hand_worked_case_uses_the_sample_variance() -> None:
@@ -133,15 +151,19 @@ def test_token_rewards_lie_on_the_last_trained_token() -> None:
         compute_token_rewards(torch.zeros(2), mask)
 
 
+def explained_share(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+    return explained_variance(*compute_moments_and_difference(returns, values, mask))
+
+
 def test_explained_variance_by_hand_and_at_its_landmarks() -> None:
     mask = torch.tensor([[True, True, True, False]])
     returns = torch.tensor([[0.0, 2.0, 4.0, 77.0]])
     # Errors 0, 1, 2 have variance 1, the returns 4.
-    assert compute_explained_variance(torch.tensor([[0.0, 1.0, 2.0, -5.0]]), returns, mask).item() == 0.75
-    assert compute_explained_variance(returns, returns, mask).item() == 1.0
-    assert compute_explained_variance(torch.ones(1, 4), returns, mask).item() == 0.0
-    assert compute_explained_variance(-returns, returns, mask).item() == -3.0
-    assert compute_explained_variance(returns, torch.ones(1, 4), mask).isnan()
+    assert explained_share(torch.tensor([[0.0, 1.0, 2.0, -5.0]]), returns, mask) == 0.75
+    assert explained_share(returns, returns, mask) == 1.0
+    assert explained_share(torch.ones(1, 4), returns, mask) == 0.0
+    assert explained_share(-returns, returns, mask) == -3.0
+    assert math.isnan(explained_share(returns, torch.ones(1, 4), mask))
 
 
 def test_returns_that_vary_by_rounding_leave_nothing_to_explain() -> None:
@@ -149,7 +171,7 @@ def test_returns_that_vary_by_rounding_leave_nothing_to_explain() -> None:
     values = torch.tensor([[0.3, -1.7, 2.9, 0.1]])
     returns = (1 - values) + values + torch.tensor([[0.0, 6e-8, -6e-8, 0.0]])
     assert returns.std() > 0
-    assert compute_explained_variance(values, returns, torch.ones(1, 4, dtype=torch.bool)).isnan()
+    assert math.isnan(explained_share(values, returns, torch.ones(1, 4, dtype=torch.bool)))
 
 
 def test_gae_of_long_rows_in_many_blocks_equals_a_loop_over_tokens() -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrl.algorithms.kl import KL_KINDS, AdaptiveKLController, FixedKLController, apply_kl_penalty, compute_kl
+from mrl.algorithms.kl import (
+    KL_KINDS,
+    AdaptiveKLController,
+    FixedKLController,
+    compute_kl,
+    compute_mean_kl,
+    subtract_kl_,
+)
 
 VERL = json.loads((Path(__file__).parents[2] / "data" / "verl_0_9_1" / "kl.json").read_text())
 LOG_2 = math.log(2.0)
@@ -110,10 +117,20 @@ def test_penalty_by_hand() -> None:
     log_probs = torch.tensor([[-1.0, -2.0, 9.0], [-1.0, -1.0, 9.0], [9.0, 9.0, 9.0]])
     ref_log_probs = torch.tensor([[-2.0, -5.0, 0.0], [-7.0, -1.5, 0.0], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
-    penalised, kl = apply_kl_penalty(rewards, log_probs, ref_log_probs, mask, kl_coef=0.5, kind="kl")
-    assert penalised.tolist() == [[-0.5, -0.5, 0.0], [0.0, 2.75, 0.0], [0.0, 0.0, 0.0]]
-    # Samples: (1 + 3) / 2 and 0.5; the third has no trained token and does not count.
-    assert kl == 1.25
+    kl = subtract_kl_(rewards, log_probs, ref_log_probs, mask, kl_coef=0.5, kind="kl")
+    assert rewards.tolist() == [[-0.5, -0.5, 0.0], [0.0, 2.75, 0.0], [0.0, 0.0, 0.0]]
+    # Tokens: 1, 3 and 0.5. Samples: (1 + 3) / 2 and 0.5; the third has no trained token and does not count.
+    assert kl == (1.5, 1.25)
+    assert compute_mean_kl(log_probs, ref_log_probs, mask, "kl") == kl
+    assert compute_mean_kl(log_probs, ref_log_probs, torch.zeros_like(mask), "kl") == (0.0, 0.0)
+
+
+def test_what_lies_outside_the_mask_is_not_in_the_penalty_even_if_it_is_nan() -> None:
+    rewards, unknown = torch.ones(1, 3), torch.tensor([[torch.nan, -torch.inf, -1.0]])
+    mask = torch.tensor([[False, False, True]])
+    kl = subtract_kl_(rewards, unknown, torch.full((1, 3), -3.0), mask, kl_coef=0.25, kind="k1")
+    assert rewards.tolist() == [[1.0, 1.0, 0.5]]
+    assert kl == (2.0, 2.0)
 
 
 def test_adaptive_controller_by_hand() -> None:

@@ -110,8 +110,13 @@ def test_rejection_equals_a_slow_loop(name):
     assert 0 < int(found[mask].sum()) < int(mask.sum())
 
 
+def mismatch(log_ratio, mask, ratio_bounds):
+    rollout_log_probs = torch.full_like(log_ratio, -1.0)
+    return compute_mismatch(log_ratio + rollout_log_probs, rollout_log_probs, mask, ratio_bounds)
+
+
 def test_mismatch_by_hand():
-    found = compute_mismatch(LOG_RATIO, TRAINED, (0.3, 2.5))
+    found = mismatch(LOG_RATIO, TRAINED, (0.3, 2.5))
     ratios = [2, 0.25, 3, 0.5, 1]
     logs = [log(ratio) for ratio in ratios]
     assert found == pytest.approx(
@@ -127,10 +132,34 @@ def test_mismatch_by_hand():
 
 
 def test_equal_log_probs_are_perfect_and_an_empty_batch_has_no_mismatch():
-    perfect = compute_mismatch(torch.zeros(2, 3), TRAINED, (0.5, 2.0))
+    perfect = mismatch(torch.zeros(2, 3), TRAINED, (0.5, 2.0))
     assert perfect.pop("effective_sample_size") == 1.0
     assert set(perfect.values()) == {0.0}
-    assert set(compute_mismatch(LOG_RATIO, torch.zeros_like(TRAINED), (0.5, 2.0)).values()) == {0.0}
+    assert set(mismatch(LOG_RATIO, torch.zeros_like(TRAINED), (0.5, 2.0)).values()) == {0.0}
+
+
+@pytest.mark.parametrize("difference", [1e-6, 1e-3, 0.1, 3.0])
+def test_mismatch_of_any_size_keeps_its_digits(difference):
+    generator = torch.Generator().manual_seed(0)
+    rollout_log_probs = -torch.rand(300, 401, generator=generator)
+    log_probs = rollout_log_probs + difference * torch.randn(300, 401, generator=generator)
+    mask = torch.rand(300, 401, generator=generator) < 0.6
+    found = compute_mismatch(log_probs, rollout_log_probs, mask, (0.5, 2.0))
+    exact = (log_probs - rollout_log_probs)[mask].double()
+    ratio = exact.exp()
+    assert found["kl_k3"] == pytest.approx(
+        (torch.expm1(exact) - exact).mean().item(), rel=1e-3 if difference < 1e-5 else 1e-9
+    )
+    assert found["kl_k1"] == pytest.approx(-exact.mean().item(), rel=1e-9)
+    assert found["outside_fraction"] == ((ratio < 0.5) | (ratio > 2.0)).double().mean().item()
+    assert found["log_prob_abs_diff_max"] == exact.abs().max().item()
+    wanted = (ratio.sum() ** 2 / (len(ratio) * ratio.square().sum())).item()
+    assert found["effective_sample_size"] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_mismatch_ignores_even_nan_outside_the_mask():
+    unknown = torch.where(TRAINED, LOG_RATIO, torch.nan)
+    assert mismatch(unknown, TRAINED, (0.5, 2.0)) == mismatch(LOG_RATIO, TRAINED, (0.5, 2.0))
 
 
 def test_runaway_ratios_stay_finite():
@@ -138,7 +167,7 @@ def test_runaway_ratios_stay_finite():
     mask = torch.ones_like(log_ratio).bool()
     for level in ("token", "sequence"):
         assert compute_weights(log_ratio, mask, Weighting(level=level, upper=2.0)).isfinite().all()
-    assert all(abs(value) < 1e10 for value in compute_mismatch(log_ratio, mask, (0.5, 2.0)).values())
+    assert all(abs(value) < 1e10 for value in mismatch(log_ratio, mask, (0.5, 2.0)).values())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -173,7 +202,8 @@ def test_weights_masks_and_metrics_are_verls(case):
     kept = MASK if result.accepted is None else MASK & result.accepted
     assert kept.long().tolist() == case["mask"]
     metrics = correction_metrics(correction, log_ratio, MASK, result)
-    metrics |= compute_mismatch(log_ratio, MASK, correction.ratio_bounds)
+    log_probs = INPUTS["old_log_probs"], INPUTS["rollout_log_probs"]
+    metrics |= compute_mismatch(*log_probs, MASK, correction.ratio_bounds)
     for name, value in verl_metrics(case).items():
         assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
 

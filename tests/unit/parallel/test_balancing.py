@@ -86,6 +86,20 @@ def test_long_tailed_batch_is_balanced_within_one_percent() -> None:
     assert max(sums(contiguous, lengths)) > 1.1 * min(sums(contiguous, lengths))
 
 
+@settings(max_examples=25, deadline=None)
+@given(num_parts=st.integers(2, 5), seed=st.integers(0, 100))
+def test_many_samples_are_dealt_out_as_evenly_as_differencing_alone_would(num_parts: int, seed: int) -> None:
+    lengths = [10 + (index * index * 7919 + seed * 31) % 4001 for index in range(40 * num_parts)]
+    parts = partition_balanced(lengths, num_parts, equal_size=False)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    # What the long ones leave uneven is at most one of them, and the short ones are many.
+    assert max(sums(parts, lengths)) - min(sums(parts, lengths)) <= 0.001 * sum(lengths)
+
+
+def test_a_sample_as_long_as_all_others_has_a_part_for_itself() -> None:
+    assert partition_balanced([1000, *[10] * 100], 2, equal_size=False) == [[0], list(range(1, 101))]
+
+
 def test_impossible_partitions_are_refused() -> None:
     with pytest.raises(ValueError, match="3 samples cannot fill 4 parts"):
         partition_balanced([1, 2, 3], 4, equal_size=False)
