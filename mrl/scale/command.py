@@ -187,6 +187,8 @@ def _reshard_rows(traffic: Traffic, rates: Rates) -> list[tuple[str, str]]:
     rows = [("engine ranks", f"{traffic.num_ranks} of {traffic.num_groups} kinds{sampled}")]
     for name, size in _MEAN_BYTES:
         mean, largest = traffic.mean(size), traffic.largest(size)
+        if size == "aliased_bytes" and not largest:
+            continue
         total = mean * traffic.num_ranks
         rows.append((name, f"{mean / 1e9:7.2f}, at most {largest / 1e9:7.2f}; all ranks {total / 1e9:9.1f}"))
     rows += [

@@ -92,13 +92,15 @@ def test_ranks_of_a_group_move_what_its_first_one_moves(case):
     assert sum(plan.stats.sent_bytes for plan in each) == sum(plan.stats.remote_bytes for plan in each)
 
 
+@pytest.mark.parametrize("alias", [False, True], ids=["copied", "aliased"])
 @pytest.mark.parametrize("case", JOBS)
-def test_every_engine_gets_the_whole_model(case):
-    given = JOBS[case]
+def test_every_engine_gets_the_whole_model(case, alias):
+    given = dataclasses.replace(JOBS[case], alias=alias)
     traffic = plan_traffic(given)
     params = engine_params(given.spec, tp=given.rollout_tp, ep=given.rollout_ep, dtype=given.dtype)
     held = sum(as_matrix(param.shape)[0] * as_matrix(param.shape)[1] * 2 for param in params)
-    assert traffic.mean("bytes") + traffic.mean("fill_bytes") == held
+    assert traffic.mean("bytes") + traffic.mean("fill_bytes") + traffic.mean("aliased_bytes") == held
+    assert (traffic.mean("aliased_bytes") > 0) == alias
 
 
 def test_traffic_of_a_hand_worked_case():
