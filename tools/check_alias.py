@@ -40,6 +40,7 @@ _ENGINE = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "cuda_graph_max_bs_decode": 8,
+    "cuda_graph_max_bs_prefill": 256,
 }
 _GIB = 2**30
 _BOTH = "aliased beside copied"
