@@ -165,11 +165,12 @@ def test_a_run_is_planned_for_gpus_that_are_not_here(tmp_path):
 def test_a_run_that_aliases_weights_counts_only_what_it_copies(tmp_path):
     machine = Machine(device="cuda", host_bytes=64 * GIB, gpu_bytes=GIB)
 
-    def engine_weights(*overrides):
-        config = load_config([f"trainer.default_local_dir={tmp_path}", "trainer.device=cuda", *overrides], "demo")
+    def engine_weights(alias):
+        overrides = ["trainer.device=cuda", f"actor_rollout_ref.rollout.alias_weights={alias}"]
+        config = load_config([f"trainer.default_local_dir={tmp_path}", *overrides], "demo")
         return items_of(plan_run(config, machine).memory)["engine weights"][1]
 
-    alone, aliasing = engine_weights(), engine_weights("actor_rollout_ref.rollout.alias_weights=True")
+    alone, aliasing = engine_weights(False), engine_weights(True)
     # Embedding and head are padded otherwise, and a rank has two query groups.
     assert 0 < aliasing < 0.7 * alone
 
