@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="ranks")
     parser.add_argument("--prompts", type=int, default=512, help="of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of each prompt, and of each response")
-    parser.add_argument("--micro-tokens", type=int, default=4096, help="most tokens of a micro-batch")
+    parser.add_argument("--micro-tokens", type=int, default=8192, help="most tokens of a micro-batch")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where model and outputs lie for the run; /dev/shm saves seconds")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

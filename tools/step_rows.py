@@ -58,7 +58,7 @@ def rollout_rows(case: str, steps: Sequence[Step], alone: float) -> list[Row]:
 
 
 def _memory_rows(case: str, steps: Sequence[Step]) -> list[Row]:
-    keys = ("memory/peak_gib", "memory/train_gib", "memory/rollout_gib")
+    keys = tuple(f"memory/{name}_gib" for name in ("peak", "train", "rollout", "residue", "host_pinned"))
     most = {key: max(step.get(key, 0.0) for step in steps) for key in keys}
     return [Row(case=case, metric=key, value=value, unit="GiB") for key, value in most.items() if value]
 
