@@ -34,16 +34,21 @@ TINY_BATCHES = ((16, 32), (4, 128))
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn")
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the speed; what is not installed is said to be missing."""
+def versions(*, fused_layers: bool) -> dict[str, str]:
+    """Of what decides the speed; what is not installed is said to be missing.
+
+    Args:
+        fused_layers: whether megatron could import transformer-engine.
+    """
     found = {}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    if found["transformer-engine"] == "not installed":
-        found["transformer-engine"] = "not installed: megatron's local layers were run"
+    if not fused_layers:
+        found["transformer-engine"] += ", not importable" if "not" not in found["transformer-engine"] else ""
+        found["transformer-engine"] += ": megatron's local layers were run"
     return found
 
 
@@ -54,6 +59,7 @@ def run_rank(env: RankEnvironment, arguments: argparse.Namespace, model: Path) -
 
     preload_megatron()
     import train_cases
+    from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from mrl.reshard.spec import load_spec
 
@@ -73,7 +79,7 @@ def run_rank(env: RankEnvironment, arguments: argparse.Namespace, model: Path) -
         print(*new, sep="\n", flush=True)
         rows.extend(new)
         if arguments.output:
-            write(arguments.output, "train", rows, versions())
+            write(arguments.output, "train", rows, versions(fused_layers=HAVE_TE))
 
     job = train_cases.Job(
         model=str(model),
