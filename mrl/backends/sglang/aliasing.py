@@ -74,7 +74,6 @@ def _give_back() -> None:
         return
     torch.cuda.synchronize()
     _dissolve_pool()
-    torch.cuda.empty_cache()
 
 
 def _dissolve_pool() -> None:
@@ -85,7 +84,14 @@ def _dissolve_pool() -> None:
     # Imported here: only where SGLang runs on CUDA.
     from torch_memory_saver import torch_memory_saver  # type: ignore[import-untyped]
 
-    # Not made yet where the engine runs without the memory saver.
-    pools = getattr(torch_memory_saver._impl, "_mem_pools", {})
-    for key in [key for key in pools if key[0] == _WEIGHTS]:
-        del pools[key]
+    saver = torch_memory_saver._impl
+    if saver is None:
+        # The engine runs without the memory saver.
+        torch.cuda.empty_cache()
+        return
+    # Outside of a region its allocator ends the process that frees: seen on an H100 with 0.0.10. That this suffices
+    # has not been seen; until then aliases are refused on GPUs (mrl/trainer/engine_plan.py).
+    with saver._with_region_config(tag=_WEIGHTS, enable_cpu_backup=False, cpu_backup_backend=None):
+        for key in [key for key in saver._mem_pools if key[0] == _WEIGHTS]:
+            del saver._mem_pools[key]
+        torch.cuda.empty_cache()
