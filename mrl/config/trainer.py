@@ -107,7 +107,7 @@ class TrainerConfig(Section):
     start, validation, step and loop (between the phases of a step, and between steps)."""
     max_restarts: int = 0
     """Times that a run whose ranks died or hang is started again from its last checkpoint, on the same hosts. Errors
-    that name what to change end it at once."""
+    that name what to change end it at once. Refused with one task per rank, where torchrun --max-restarts does it."""
 
     profile_steps: tuple[int, ...] | None = None
     """Steps to trace, such as [3,4]: `profile/step_<n>_rank_<r>.json.gz` in `default_local_dir`, for Perfetto or

@@ -6,7 +6,6 @@ no CUDA context when it forks.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import multiprocessing
@@ -24,11 +23,11 @@ from typing import Any
 from mrl.launch.addresses import LOOPBACK
 from mrl.launch.board import is_echo
 from mrl.launch.environment import RankEnvironment, host_environments
+from mrl.launch.lifeline import die_with_parent
 from mrl.launch.store import serve_store
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_S = 10.0
 _SETTLE_S = 0.5
@@ -109,14 +108,17 @@ def run_host_ranks(
 def _fork(rank_main: RankMain, env: RankEnvironment, user_errors: tuple[type, ...]) -> _Rank:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(rank_main, env, sender, user_errors), name=f"rank {env.rank}")
+    arguments = (rank_main, env, sender, user_errors, os.getpid())
+    process = context.Process(target=_child, args=arguments, name=f"rank {env.rank}")
     process.start()
     sender.close()
     return _Rank(env.rank, process, receiver)
 
 
-def _child(rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_errors: tuple[type, ...]) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _child(
+    rank_main: RankMain, env: RankEnvironment, pipe: Connection, user_errors: tuple[type, ...], parent: int
+) -> None:
+    die_with_parent(parent)
     # What the parent imported stays for good: no collection has to walk it, nor write to the pages it shares.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -46,6 +46,8 @@ def launch(config: PPOConfig) -> int:
             for line in find_inert_without_ray(config):
                 logger.warning(line)
         task = read_task(launcher, os.environ)
+        if not task.runs_host(num_nodes=trainer.nnodes, ranks_per_node=trainer.n_gpus_per_node):
+            _refuse_restarts(trainer.max_restarts)
         with (
             claim_run_folder(run_folder(config)) if task.index == 0 else nullcontext(),
             join_job(
@@ -63,6 +65,16 @@ def launch(config: PPOConfig) -> int:
     except (*USER_ERRORS, PeerFailedError) as error:
         logger.error("%s", error)
         return 1
+
+
+def _refuse_restarts(max_restarts: int) -> None:
+    """Raise ValueError where a rank is its launcher's own task, so that nothing here could start it again."""
+    if max_restarts:
+        raise ValueError(
+            f"trainer.max_restarts = {max_restarts} cannot act with one task per rank: only what started a rank can "
+            f"start it again. Use the launcher's (torchrun --max-restarts={max_restarts}, sbatch --requeue), or start "
+            "one task per host (--nproc-per-node=1, --ntasks-per-node=1), and leave trainer.max_restarts=0 otherwise"
+        )
 
 
 def _prepare_process() -> None:
@@ -116,12 +128,6 @@ def _prepare_host(config: PPOConfig, job: Job) -> RankMain:
 def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     setup_logging(rank=env.rank)
     env.export()
-    if config.trainer.max_restarts and env.rank == 0:
-        logger.warning(
-            "trainer.max_restarts = %d does not act: each rank was started by itself, so the launcher has to do it "
-            "(torchrun --max-restarts), or start one task per host",
-            config.trainer.max_restarts,
-        )
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:

@@ -5,7 +5,6 @@ Its clients have no thread; a rank can use the store and still fork an engine.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,11 +16,11 @@ from multiprocessing.context import ForkProcess
 from typing import TYPE_CHECKING
 
 from mrl.launch.addresses import family_of, join_host_port
+from mrl.launch.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_PR_SET_PDEATHSIG = 1
 _BACKLOG = 4096
 
 
@@ -77,9 +76,7 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def _serve(server: socket.socket, address: str, parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
     # Ctrl-C reaches the whole foreground group; whoever started this decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -34,6 +34,21 @@ def gather_results[T](compute: Callable[[], T]) -> list[T]:
     return _unwrap(outcomes)
 
 
+def require_equal(value: str, *, place: str, message: str) -> None:
+    """Raise ValueError on every rank unless all have the same `value`. Called by all ranks.
+
+    Args:
+        place: names the rank's host.
+        message: what differs and what to do; the values and where they were found follow.
+    """
+    places: dict[str, set[str]] = {}
+    for found, where in gather_results(lambda: (value, place)):
+        places.setdefault(found, set()).add(where)
+    if len(places) > 1:
+        listed = "; ".join(f"{found} on {', '.join(sorted(where))}" for found, where in places.items())
+        raise ValueError(f"{message}: {listed}")
+
+
 def share_out[T, R](
     compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, only_to: int | None = None
 ) -> list[R]:

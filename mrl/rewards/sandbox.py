@@ -11,13 +11,14 @@ import os
 import platform
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from mrl.launch.lifeline import die_with_parent
 
 _CLUSTER = re.compile(
     r"(MASTER|RAY|SLURM|SRUN|SBATCH|TORCHELASTIC|PET|MRL|NCCL|GLOO|SGLANG|PMI|PMIX|OMPI|KUBERNETES)_|"
@@ -30,7 +31,7 @@ _SECRET = re.compile(
 
 _NAMESPACES = os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID | os.CLONE_NEWIPC | os.CLONE_NEWNS
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 18
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _AUDIT_ARCH_AND_CONNECT = {"x86_64": (0xC000003E, 42), "aarch64": (0xC00000B7, 203)}
@@ -79,10 +80,10 @@ def enter(lifeline: int | None = None) -> None:
     child = os.fork()
     if child:
         _leave_with(child)
-    libc = ctypes.CDLL(None, use_errno=True)
-    _call(libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent(None)
     if lifeline is not None and select.select([lifeline], [], [], 0)[0]:
         os._exit(1)
+    libc = ctypes.CDLL(None, use_errno=True)
     _call(libc.mount, b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call(libc.mount, b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
     _drop_privileges(libc)

@@ -60,13 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--hosts", type=int, help="1 without it")
     shape.add_argument("--gpus-per-host", type=int, help="8 without it")
     shape.add_argument("--micro-batches", type=int, help="of a data-parallel rank's update; 4 x pp without it")
-    shape.add_argument("--groups", type=int, default=8, help="plan at most so many kinds of engine rank; 0 plans all")
-    rates = Rates()
-    shape.add_argument("--device-gb-s", type=float, default=rates.device_copy, help="copies within a GPU")
     shape.add_argument(
-        "--nvlink-gb-s", type=float, default=rates.nvlink, help="what a GPU reads from its host's others"
+        "--groups", type=int, help="plan at most so many kinds of engine rank, 8 without it; 0 plans all"
     )
-    shape.add_argument("--network-gb-s", type=float, default=rates.network, help="a GPU's share of its host's network")
+    rates = Rates()
+    for name, rate, what in (
+        ("device", rates.device_copy, "copies within a GPU"),
+        ("nvlink", rates.nvlink, "what a GPU reads from its host's others"),
+        ("network", rates.network, "a GPU's share of its host's network"),
+    ):
+        shape.add_argument(f"--{name}-gb-s", type=float, help=f"{what}; {rate:g} without it")
 
 
 def check_shape_options(arguments: argparse.Namespace) -> None:
@@ -79,7 +82,14 @@ def check_shape_options(arguments: argparse.Namespace) -> None:
     }
     for name, key in keys.items():
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} needs --model; set {key} in a configuration")
+            raise ValueError(f"{_option(name)} needs --model; set {key} in a configuration")
+    for name in ("micro_batches", "groups", "device_gb_s", "nvlink_gb_s", "network_gb_s"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{_option(name)} needs --model: a configuration's own plan has no bubble and no reshard")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def read_request(arguments: argparse.Namespace) -> ShapeRequest:
@@ -91,7 +101,8 @@ def read_request(arguments: argparse.Namespace) -> ShapeRequest:
     for name in ("hosts", "gpus_per_host", "micro_batches"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} = {value} must be at least 1")
+            raise ValueError(f"{_option(name)} = {value} must be at least 1")
+    default = Rates()
     return ShapeRequest(
         model=arguments.model,
         train=arguments.train or "tp=1",
@@ -101,8 +112,12 @@ def read_request(arguments: argparse.Namespace) -> ShapeRequest:
         gpu_gib=arguments.gpu_memory_gib or 80.0,
         host_gib=arguments.host_memory_gib or 2048.0,
         micro_batches=arguments.micro_batches,
-        most_groups=arguments.groups or None,
-        rates=Rates(device_copy=arguments.device_gb_s, nvlink=arguments.nvlink_gb_s, network=arguments.network_gb_s),
+        most_groups=8 if arguments.groups is None else arguments.groups or None,
+        rates=Rates(
+            device_copy=default.device_copy if arguments.device_gb_s is None else arguments.device_gb_s,
+            nvlink=default.nvlink if arguments.nvlink_gb_s is None else arguments.nvlink_gb_s,
+            network=default.network if arguments.network_gb_s is None else arguments.network_gb_s,
+        ),
         config_name=arguments.config_name,
         overrides=tuple(arguments.overrides),
     )

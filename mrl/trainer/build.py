@@ -25,6 +25,7 @@ from mrl.observability.profiler import StepProfiler, phase_range
 from mrl.observability.speed import SpeedWatch, time_matmul
 from mrl.observability.timers import PhaseTimer
 from mrl.observability.trackers import TrackerList, build_trackers
+from mrl.parallel.agreement import require_equal
 from mrl.reshard.hf_export import copy_model_files
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer
@@ -81,6 +82,12 @@ def build_trainer(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: Rank
         stack.callback(dist.destroy_process_group)
         # After the fork of what forks engines: a process that has used several threads must not fork.
         take_share(env.host_address, requested=config.trainer.threads_per_rank, on_gpu=plan.device == "cuda")
+        require_equal(
+            str(plan.resume.manifest.step if plan.resume else "none"),
+            place=f"host {env.node_rank} ({env.host_address})",
+            message="hosts would continue from checkpoints of different steps; keep trainer.default_local_dir on "
+            "storage that all of them share",
+        )
         yield _Builder(config, plan, inputs, env, stack, PhaseTimer(watchdog.enter, phase_range)).build(part)
 
 

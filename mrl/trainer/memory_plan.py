@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mrl.parallel.auto_layout import BytesPerParameter, rank_bytes
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.exchange import SLOTS, STAGING_BYTES
 from mrl.reshard.families import count_params, expert_params
 from mrl.reshard.spec import ModelSpec
 
@@ -45,6 +46,8 @@ class EngineMemory:
     """Tokens in that cache."""
     releases: bool = False
     """Gives both back while the trainer works."""
+    crosses_hosts: bool = False
+    """Weights may come from engine ranks of other hosts."""
     aliased_bytes: int = 0
     """Of each rank's weights, those that are the actor's memory."""
 
@@ -213,7 +216,11 @@ def _engine_items(engine: EngineMemory, gpu_bytes: int) -> list[MemoryItem]:
     cache = static - weights
     # In the first update there are both copies of the weights, but no cache yet.
     sizes = (("engine weights", weights - min(engine.aliased_bytes, weights, cache)), ("KV cache", cache))
-    return [MemoryItem(name=name, training=0 if engine.releases else size, rollout=size) for name, size in sizes]
+    items = [MemoryItem(name=name, training=0 if engine.releases else size, rollout=size) for name, size in sizes]
+    if engine.crosses_hosts:
+        # Both directions; taken during an update of the weights, while the engine has its memory.
+        items.append(MemoryItem(name="messages between hosts", training=0, rollout=2 * SLOTS * STAGING_BYTES))
+    return items
 
 
 def _constant(name: str, num_bytes: int) -> MemoryItem:

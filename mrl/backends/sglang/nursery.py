@@ -8,7 +8,6 @@ one too, and forks the engine's processes when asked, in milliseconds and with e
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import io
 import logging
@@ -26,9 +25,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from mrl.launch.lifeline import die_with_parent
+
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("!Q")
 _NUMBER = struct.Struct("!q")
 _MAX_FDS = 16
@@ -170,9 +170,7 @@ def _connection(index: int, readable: bool, writable: bool) -> Connection:
 def _serve(requests: socket.socket, parent: int) -> None:
     """The nursery's whole life; never returns."""
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(0)
+        die_with_parent(parent)
         gc.freeze()
         # Children that fail send their parent SIGQUIT; Ctrl-C reaches the whole foreground group.
         for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
@@ -195,6 +193,7 @@ def _notice(signum: int, frame: Any) -> None:
 def _answer(requests: socket.socket, wake: tuple[int, int]) -> None:
     """Fork on request and report ends, until the other side closes; `wake` is a pipe that signals write to."""
     watchers: dict[int, int] = {}
+    nursery = os.getpid()
     while True:
         ready, _, _ = select.select([requests.fileno(), wake[0]], [], [])
         if wake[0] in ready:
@@ -208,7 +207,7 @@ def _answer(requests: socket.socket, wake: tuple[int, int]) -> None:
         task = _receive(requests, _LENGTH.unpack(header)[0])
         pid = os.fork()
         if pid == 0:
-            _run(task, fds, requests, wake)
+            _run(task, fds, requests, wake, nursery)
         os.write(fds[0], _NUMBER.pack(pid))
         watchers[pid] = fds[0]
         for fd in fds[1:]:
@@ -244,11 +243,11 @@ def _set_environment(environment: Mapping[str, str]) -> None:
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 
-def _run(task: bytes, fds: list[int], requests: socket.socket, wake: tuple[int, int]) -> None:
+def _run(task: bytes, fds: list[int], requests: socket.socket, wake: tuple[int, int], nursery: int) -> None:
     """Be the new process; never returns."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(nursery)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
-from mrl.parallel.agreement import broadcast_result, gather_results, share_out
+from mrl.parallel.agreement import broadcast_result, gather_results, require_equal, share_out
 
 
 class Unpicklable(Exception):
@@ -91,3 +91,13 @@ def test_shares_are_joined_in_the_items_order_on_the_ranks_that_get_them(count):
 
 def test_alone_a_process_computes_everything():
     assert share_out(lambda share: [item + 1 for item in share], [1, 2, 3], only_to=0) == [2, 3, 4]
+
+
+def test_ranks_that_differ_are_named_with_their_values_everywhere():
+    def main(env):
+        value = "step 4" if env.rank < 2 else "none"
+        found = _attempt(lambda: require_equal(value, place=f"host {env.rank // 2}", message="share the folder"))
+        return found, _attempt(lambda: require_equal("same", place=f"host {env.rank}", message="share the folder"))
+
+    error = ("ValueError", "share the folder: step 4 on host 0; none on host 1")
+    assert on_ranks(main) == [(error, None)] * 3

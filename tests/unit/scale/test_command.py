@@ -52,6 +52,9 @@ def test_a_job_of_a_shape_is_shown_without_a_gpu_or_weights(capfd):
         (["--model", "Llama-3.1-405B", "--train", "tp=8", "--rollout", "tp=8"], "GiB"),
         (["--model", "Qwen2.5-7B", "--network-gb-s", "-1"], "--network-gb-s = -1"),
         (["--train", "tp=2"], "--train needs --model"),
+        (["--micro-batches", "4"], "--micro-batches needs --model"),
+        (["--groups", "0"], "--groups needs --model"),
+        (["--nvlink-gb-s", "300"], "--nvlink-gb-s needs --model"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_remedy(capfd, arguments, message):

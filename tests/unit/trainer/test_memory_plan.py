@@ -69,6 +69,13 @@ def test_weights_that_are_the_actors_memory_take_no_more():
     assert items_of(plan_host_memory([], on_host, num_engines=3, host_bytes=GIB))["engine weights"][0] == 3 * 4 * 100
 
 
+def test_an_exchange_between_hosts_needs_room_for_its_messages_beside_the_engine():
+    engine = EngineMemory(spec=SPEC, tp=4, bytes_per_weight=2, static_fraction=0.5, crosses_hosts=True)
+    plan = plan_device_memory([], engine, gpu_bytes=2**40, host_bytes_per_rank=0)
+    # Two of 32 MiB in either direction.
+    assert items_of(plan)["messages between hosts"] == (0, 128 * 2**20, 0)
+
+
 def test_the_phase_that_does_not_fit_is_named_with_its_items():
     role = RoleMemory(name="critic", spec=SPEC, layout=ParallelLayout(world_size=1), bytes_per_parameter=BF16)
     engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=2, static_fraction=0.5, releases=True)
