@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="main_ppo", description="PPO with Megatron-core and SGLang")
     parser.add_argument("--config-name", default="ppo_megatron_trainer", help="file of configs/ to start from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see docs/config.md")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(rank=0)
     try:
         config = load_config(arguments.overrides, arguments.config_name)

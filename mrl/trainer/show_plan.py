@@ -23,7 +23,7 @@ _GIB = 2**30
 
 def main(argv: Sequence[str]) -> int:
     """Show layouts, sizes and memory of a run. Exit status: 0 it can run, 1 it cannot, 2 bad configuration."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     setup_logging(rank=0)
     try:
         if arguments.model is not None:

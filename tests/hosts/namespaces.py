@@ -8,7 +8,6 @@ the kernel removes the host with every process in it. Nothing has a name that co
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -22,11 +21,12 @@ from typing import Any
 
 import psutil
 
+from mrl.launch.lifeline import die_with_parent
+
 _NEEDED = ("ip", "unshare", "nsenter", "setpriv", "bash")
 _REFUSALS = ("not permitted", "denied", "not supported", "unknown device type", "no such device")
 _NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 """The mounts last: /proc is looked at before."""
-_PR_SET_PDEATHSIG = 1
 
 # Ends when the test process does, and reaps what the host's programs leave.
 _INIT = """
@@ -211,7 +211,7 @@ def _enter_and_run(init: int, work: Callable[[], Any], log: Path, environ: Mappi
     """In a forked process: enter the host, run `work` in a child there, end with its status. Does not return."""
     status = 1
     try:
-        _die_with_parent()
+        die_with_parent(None)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(descriptor, number)
@@ -226,7 +226,7 @@ def _enter_and_run(init: int, work: Callable[[], Any], log: Path, environ: Mappi
         # A process enters a process namespace with its children only.
         child = os.fork()
         if child == 0:
-            _die_with_parent()
+            die_with_parent(None)
             status = int(work() or 0)
         else:
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -234,10 +234,6 @@ def _enter_and_run(init: int, work: Callable[[], Any], log: Path, environ: Mappi
         traceback.print_exc()
     finally:
         os._exit(status if status >= 0 else 128 - status)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _require_tools() -> None:

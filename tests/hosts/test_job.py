@@ -104,14 +104,19 @@ def finish(processes: list[HostProcess]) -> None:
 
 def check_run(hosts: Hosts, processes: list[HostProcess], run: Path) -> None:
     """Two steps with current weights; only host 0 speaks; no host keeps shared memory or a process."""
+    check_steps(run)
+    assert "Result" in processes[0].output()
+    assert not any("step 1/2" in process.output() for process in processes[1:])
+    for host in range(len(processes)):
+        assert hosts.shared_memory(host) == set()
+        assert hosts.processes(host) == []
+
+
+def check_steps(run: Path) -> None:
+    """Two steps with current weights, made once, and a checkpoint."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["parity/log_prob_abs_diff_mean"] < 1e-4 for row in steps)
     assert [row["rollout/weight_version"] for row in steps] == [1.0, 2.0]
     assert (run / "checkpoints").is_dir()
-    assert "Result" in processes[0].output()
-    assert not any("step 1/2" in process.output() for process in processes[1:])
-    for host in range(len(processes)):
-        assert hosts.shared_memory(host) == set()
-        assert hosts.processes(host) == []
