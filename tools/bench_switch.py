@@ -28,7 +28,7 @@ from mrl.backends.sglang.preload import preload_sglang
 from mrl.types import Prompt, SamplingParams
 
 _GIB = 2**30
-_PACKAGES = ("sglang", "megatron-core", "transformer-engine", "torch_memory_saver")
+_PACKAGES = ("sglang", "megatron-core", "transformer_engine", "torch_memory_saver")
 _WARM_UP = 2
 _TARGET_MS = 150.0
 _STAGES = (

@@ -38,7 +38,7 @@ class Tuning:
 # 16 bytes per load and two loads per thread and block: few registers, so that the other programs of a multiprocessor
 # hide the latency of memory. tools/bench_log_probs.py --sweep measures others.
 STATISTICS = Tuning(block=4096, num_warps=8)
-GRADIENT = Tuning(block=4096, num_warps=8, num_blocks=8)
+GRADIENT = Tuning(block=4096, num_warps=8)
 
 
 def statistics(

@@ -49,6 +49,20 @@ QWEN2_7B = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
 }
+SMOLLM2 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
 H100 = Machine(device="cuda", host_bytes=1000 * 2**30, gpu_bytes=80 * 2**30)
 # What each script starts, and how many tasks of it there are for each host.
 SCRIPTS = {
@@ -102,6 +116,28 @@ def test_a_script_starts_a_job_that_can_run(tmp_path, script):
         assert str(plan.actor.layout) == "TP8 x PP1 x DP2 + SP"
     else:
         assert (plan.world_size, plan.rollout_tp, plan.num_engines) == (4, 2, 2)
+
+
+def test_a_pretrained_model_without_a_hub_is_planned_on_one_gpu(tmp_path):
+    show = tmp_path / "show.sh"
+    show.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    show.chmod(0o755)
+    for name, text in {"model/config.json": json.dumps(SMOLLM2), "counting/train.parquet": ""}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    printed = subprocess.run(
+        ["sh", "examples/smollm2_gpu.sh", str(tmp_path)],
+        env={**os.environ, "PYTHON": str(show)},
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, module, *overrides = printed.stdout.rstrip("\0").split("\0")
+    assert module == "mrl.trainer.main_ppo"
+    plan = plan_run(load_config(overrides), H100)
+    assert (plan.world_size, plan.num_engines, plan.device) == (1, 1, "cuda")
+    assert plan.critic is not None
 
 
 def test_every_script_is_tested():
