@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import pytest
+
 from mrl.trainer.main_ppo import main
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """The command sets up the process's logging, which other tests have their own way."""
+    root, package = logging.getLogger(), logging.getLogger("mrl")
+    handlers, levels = list(root.handlers), (root.level, package.level)
+    yield
+    root.handlers[:] = handlers
+    for logger, level in zip((root, package), levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_keys_may_stand_before_and_after_the_configurations_name(capsys):
