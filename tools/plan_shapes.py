@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from mrl.reshard.families.decoder import megatron_param, sglang_param
-from mrl.reshard.families.tables import Cut
-from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank, TargetParam
+import torch
+
+from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.layout import SourceRank
 from mrl.reshard.plan import Plan, build_plan
 from mrl.reshard.spec import MixtureOfExperts, ModelSpec
-
-HOST = "host"
-ELEMENT_SIZE = 2
-_BUFFER_ALIGNMENT = 64
-"""Elements between the starts of parameters in a Megatron buffer."""
-_VOCAB_MULTIPLE = 128
-"""Both sides pad the vocabulary to a multiple of this times their tensor parallel size."""
-
-_LAYER = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.weight": "self_attn.qkv_proj.weight",
-    "self_attention.linear_qkv.bias": "self_attn.qkv_proj.bias",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-}
-_ENDS = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
+from mrl.scale.exports import engine_params, host_name, trainer_exports
 
 
 def qwen2_7b(num_layers: int = 28) -> ModelSpec:
@@ -72,48 +52,13 @@ def qwen3_moe_30b(num_layers: int = 48) -> ModelSpec:
 
 
 def source_ranks(spec: ModelSpec, *, tp: int) -> list[SourceRank]:
-    """What `tp` Megatron ranks on devices 0 to tp - 1 would export: one flat bf16 buffer each, last parameter first."""
-    names = [f"decoder.layers.{layer}.{name}" for layer in range(spec.num_hidden_layers) for name in _LAYER]
-    return [_source_rank(spec, [*_ENDS, *names], rank, tp) for rank in range(tp)]
-
-
-def target_params(spec: ModelSpec, *, tp_rank: int, tp: int) -> list[TargetParam]:
-    """The bf16 parameters of SGLang's rank `tp_rank` of `tp`."""
-    names = [f"model.layers.{layer}.{name}" for layer in range(spec.num_hidden_layers) for name in _LAYER.values()]
-    cut, rows = Cut("SGLang", tp_rank, tp), _vocab_rows(spec, tp)
-    shapes = {name: sglang_param(spec, name, cut, vocab_rows=rows).shape for name in [*_ENDS.values(), *names]}
-    return [
-        TargetParam(name=name, shape=shape, dtype="bfloat16", element_size=ELEMENT_SIZE)
-        for name, shape in shapes.items()
-    ]
+    """What `tp` Megatron ranks on devices 0 to tp - 1 of one host would export in bf16."""
+    return trainer_exports(spec, ParallelLayout(world_size=tp, tp=tp), dtype=torch.bfloat16, gpus_per_host=tp)
 
 
 def plan_of(spec: ModelSpec, *, source_tp: int, target_tp: int, tp_rank: int = 0) -> Plan:
     """The plan of an engine rank on device `tp_rank`, which shares its host with all trainer ranks."""
-    sources, targets = source_ranks(spec, tp=source_tp), target_params(spec, tp_rank=tp_rank, tp=target_tp)
-    return build_plan(spec, sources, targets, tp_rank=tp_rank, tp_size=target_tp, host=HOST, device=tp_rank)
-
-
-def _source_rank(spec: ModelSpec, names: list[str], rank: int, tp: int) -> SourceRank:
-    cut, rows = Cut("Megatron", rank, tp), _vocab_rows(spec, tp)
-    params, at = [], 0
-    for name in reversed(names):
-        shape = megatron_param(spec, name, cut, vocab_rows=rows).shape
-        params.append(SourceParam(name=name, shape=shape, buffer=0, offset_bytes=at * ELEMENT_SIZE))
-        num_elements = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        at += -(-num_elements // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT
-    return SourceRank(
-        rank=rank,
-        tp_rank=rank,
-        tp_size=tp,
-        host=HOST,
-        device=rank,
-        dtype="bfloat16",
-        buffers=(SourceBuffer(handle="", num_bytes=at * ELEMENT_SIZE),),
-        params=tuple(params),
-    )
-
-
-def _vocab_rows(spec: ModelSpec, tp: int) -> int:
-    multiple = _VOCAB_MULTIPLE * tp
-    return -(-spec.vocab_size // multiple) * multiple // tp
+    sources = source_ranks(spec, tp=source_tp)
+    targets = engine_params(spec, tp=target_tp, ep=1, dtype=torch.bfloat16)
+    host = host_name(0, source_tp)
+    return build_plan(spec, sources, targets, tp_rank=tp_rank, tp_size=target_tp, host=host, device=tp_rank)

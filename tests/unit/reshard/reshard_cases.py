@@ -2,34 +2,15 @@
 
 import torch
 from hypothesis import strategies as st
+from model_specs import make_spec
 
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.layout import targets_of
 from mrl.reshard.plan import build_plan
 from mrl.reshard.reference import sglang_shard
-from mrl.reshard.spec import MixtureOfExperts, ModelSpec
+from mrl.reshard.spec import MixtureOfExperts
 from mrl.reshard.synthetic import distinct_state, export_layout
-
-
-def make_spec(**fields):
-    values = dict(
-        family="qwen2",
-        vocab_size=50,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=2,
-        rms_norm_eps=1e-6,
-        rope_theta=1e4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        attention_bias=True,
-    )
-    return ModelSpec(**{**values, **fields})
-
 
 specs = st.builds(
     make_spec,

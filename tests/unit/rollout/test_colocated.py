@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from model_specs import make_spec
 
 from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
 from mrl.launch.fork import RankFailure, run_ranks
@@ -18,7 +19,7 @@ from mrl.reshard.spec import ModelSpec
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.types import Generation, Prompt, SamplingParams
 
-SPEC = ModelSpec(
+SPEC = make_spec(
     family="llama",
     vocab_size=8,
     hidden_size=4,
@@ -26,11 +27,7 @@ SPEC = ModelSpec(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
-    head_dim=2,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
     max_position_embeddings=16,
-    tie_word_embeddings=False,
     attention_bias=False,
 )
 PROMPTS = [Prompt(uid=str(i), token_ids=[i + 1, i + 2], messages=[], data_source="task") for i in range(11)]

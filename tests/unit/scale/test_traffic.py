@@ -4,28 +4,23 @@ import dataclasses
 
 import pytest
 import torch
+from model_specs import make_spec
 
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.layout import as_matrix
 from mrl.reshard.plan import build_plan
 from mrl.reshard.routes import EnginePlaces
-from mrl.reshard.spec import MixtureOfExperts, ModelSpec
+from mrl.reshard.spec import MixtureOfExperts
 from mrl.scale.exports import engine_params, host_name, trainer_exports
 from mrl.scale.traffic import Job, plan_traffic
 
-DENSE = ModelSpec(
+DENSE = make_spec(
     family="llama",
     vocab_size=256,
     hidden_size=32,
     intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=4,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
     attention_bias=False,
 )
 EXPERTS = dataclasses.replace(

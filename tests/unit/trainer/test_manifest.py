@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from model_specs import make_spec
 
 from mrl.interfaces import CheckpointError
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.spec import ModelSpec
 from mrl.trainer.manifest import (
     MANIFEST,
     Manifest,
@@ -21,20 +21,8 @@ from mrl.trainer.manifest import (
     write_manifest,
 )
 
-SPEC = ModelSpec(
-    family="qwen2",
-    vocab_size=10,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
-    attention_bias=True,
+SPEC = make_spec(
+    vocab_size=10, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4
 )
 
 

@@ -5,30 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from model_specs import make_spec
 
 from mrl.config.load import load_config
 from mrl.parallel.auto_layout import BytesPerParameter
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.spec import MixtureOfExperts, ModelSpec
+from mrl.reshard.spec import MixtureOfExperts
 from mrl.trainer.machine import Machine
 from mrl.trainer.memory_plan import EngineMemory, RoleMemory, plan_device_memory, plan_host_memory
 from mrl.trainer.plan import plan_run
 
 GIB = 2**30
 # Embedding and head 64 * 16 each; per layer qkv 3 * 16 * 16, o 16 * 16, MLP 3 * 16 * 32, two norms; one final norm.
-SPEC = ModelSpec(
+SPEC = make_spec(
     family="llama",
     vocab_size=64,
     hidden_size=16,
     intermediate_size=32,
-    num_hidden_layers=4,
     num_attention_heads=4,
-    num_key_value_heads=4,
     head_dim=4,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
     max_position_embeddings=128,
-    tie_word_embeddings=False,
     attention_bias=False,
 )
 PER_LAYER = 4 * 256 + 3 * 512 + 32
