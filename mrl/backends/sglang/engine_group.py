@@ -191,13 +191,17 @@ class _ThreadWait:
 
     def ended(self, *, within_s: float) -> bool:
         """Whether the transfer ended; RuntimeError if it failed."""
-        if self._through.wait(within_s) and self._error is not None:
+        # Asked once: what ends between two looks would pass as ended well.
+        through = self._through.wait(within_s)
+        if through and self._error is not None:
             raise self._error
-        return self._through.is_set()
+        return through
 
     def _wait(self, work: Any, timeout: timedelta) -> None:
         try:
-            work.wait(timeout)
+            # Gloo answers False where a transfer was broken off: nothing has arrived then.
+            if not work.wait(timeout):
+                self._error = RuntimeError("the transfer was broken off")
         except RuntimeError as error:
             self._error = error
         self._through.set()

@@ -5,6 +5,7 @@ import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reshard_cases import bitwise_equal, make_spec, poisoned
 
-from mrl.backends.sglang.engine_group import EngineGroup, MeetingPoint
+from mrl.backends.sglang.engine_group import EngineGroup, MeetingPoint, _ThreadWait
 from mrl.launch.fork import run_ranks
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.delivery import Delivery
@@ -265,6 +266,43 @@ def test_silence_is_an_error_after_the_deadline():
         assert "the exchange of weights was given up: engine rank" in text
         assert seconds < TIMEOUT_S / 2
         assert not whole
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_transfer_that_gloo_broke_off_is_an_error(arrived):
+    class Work:
+        def wait(self, timeout):
+            return arrived
+
+    waiting = _ThreadWait(Work(), timedelta(seconds=TIMEOUT_S))
+    if arrived:
+        assert waiting.ended(within_s=TIMEOUT_S)
+    else:
+        with pytest.raises(RuntimeError, match="broken off"):
+            waiting.ended(within_s=TIMEOUT_S)
+
+
+def test_a_transfer_that_fails_between_two_looks_does_not_pass_as_arrived(monkeypatch):
+    fail = threading.Event()
+
+    class Work:
+        def wait(self, timeout):
+            assert fail.wait(TIMEOUT_S)
+            raise RuntimeError("timed out")
+
+    waiting = _ThreadWait(Work(), timedelta(seconds=TIMEOUT_S))
+    look = waiting._through.wait
+
+    def look_too_early(within_s):
+        fail.set()
+        assert look(TIMEOUT_S)
+        return False
+
+    monkeypatch.setattr(waiting._through, "wait", look_too_early)
+    assert not waiting.ended(within_s=0.0)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="timed out"):
+        waiting.ended(within_s=0.0)
 
 
 def test_a_rank_that_never_comes_is_named():
