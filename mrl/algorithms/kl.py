@@ -170,7 +170,7 @@ class AdaptiveKLController:
 
     Args:
         kl_coef: initial coefficient.
-        target_kl: in the units of what `update` is given, nats per token for `apply_kl_penalty`.
+        target_kl: in the units of what `update` is given, nats per token for `MeanKL.over_samples`.
         horizon: samples over which a constant error of 0.2 changes the coefficient by about 20 %.
 
     Raises:
