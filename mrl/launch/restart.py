@@ -71,7 +71,7 @@ def _agree(env: RankEnvironment, causes: list[Failure], failure: RankFailure) ->
         causes.append(_publish(open_board(env), mine))
     except (RuntimeError, ValueError):
         # The store went away with host 0: there is nobody to start again with.
-        causes.append(replace(mine, message=f"{mine}; host 0 cannot be asked why", user_error=True))
+        causes.append(replace(mine, message=f"{mine.message}; host 0 cannot be asked why", user_error=True))
 
 
 def _publish(board: FailureBoard, mine: Failure) -> Failure:

@@ -30,7 +30,7 @@ def setup_logging(*, rank: int) -> None:
     """INFO on rank 0, warnings elsewhere, through rich; replaces existing root handlers."""
     handler = RichHandler(console=CONSOLE, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(prefix.replace("[", r"\[") + "%(message)s"))
+    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("mrl").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
