@@ -23,7 +23,7 @@ class CudaMemory:
     """
 
     def __init__(self) -> None:
-        self._residue_at_start = self._residue(0)
+        self._residue_at_start = self._residue()
 
     def in_use(self) -> int:
         """Bytes in use by anybody."""
@@ -50,18 +50,18 @@ class CudaMemory:
             f"memory/{moment}_reserved_gib": torch.cuda.memory_reserved() / GIB,
         }
 
-    def residue_metrics(self, engine_bytes: int) -> dict[str, float]:
-        """Memory in use that is neither torch's here nor among the `engine_bytes` that the engine can give back.
+    def residue_metrics(self) -> dict[str, float]:
+        """Memory in use that is not torch's here, while the engine has given back what it can.
 
         `memory/residue_at_start_gib` of it was there before any role: CUDA contexts of all processes, the engine's
         graphs and workspaces. The rest came since: communicators, loaded kernels, workspaces. `memory/host_pinned_gib`
         is what this process has pinned of the host's memory.
         """
         return {
-            "memory/residue_gib": self._residue(engine_bytes) / GIB,
+            "memory/residue_gib": self._residue() / GIB,
             "memory/residue_at_start_gib": self._residue_at_start / GIB,
             "memory/host_pinned_gib": torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) / GIB,
         }
 
-    def _residue(self, engine_bytes: int) -> int:
-        return self.in_use() - torch.cuda.memory_reserved() - engine_bytes
+    def _residue(self) -> int:
+        return self.in_use() - torch.cuda.memory_reserved()

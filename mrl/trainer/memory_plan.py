@@ -81,9 +81,7 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """A line per item, then what is left."""
-        lines = [
-            (item.name + (", in turn" if item.turn else ""), _pair(item.training, item.rollout)) for item in self.items
-        ]
+        lines = [(item.label, _pair(item.training, item.rollout)) for item in self.items]
         training, rollout, host = (sum(shares) for shares in (self._training(), *self._elsewhere()))
         lines.append(("left for activations and runtime", _pair(self.capacity - training, self.capacity - rollout)))
         if host:

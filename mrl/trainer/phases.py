@@ -38,8 +38,8 @@ class DeviceMemory(Protocol):
         """Who holds how much, under the name of the moment."""
         ...
 
-    def residue_metrics(self, engine_bytes: int) -> Metrics:
-        """What neither tensors here nor `engine_bytes` of the engine explain."""
+    def residue_metrics(self) -> Metrics:
+        """What tensors here do not explain while the engine has given back what it can."""
         ...
 
 
@@ -106,7 +106,7 @@ class PhaseSwitch:
             self.rollout.release_memory(self.engine_tags)
         self._engines_are_resident = False
         if self.device is not None:
-            self._metrics |= self.device.residue_metrics(0)
+            self._metrics |= self.device.residue_metrics()
         self._note("engines_released")
         self._onload()
 

@@ -35,18 +35,17 @@ def test_memory_is_told_by_who_holds_it_and_unused_memory_goes_back():
 
 
 @needs_device
-def test_the_residue_is_what_tensors_and_the_engine_do_not_explain():
+def test_the_residue_is_what_tensors_do_not_explain():
     memory = CudaMemory()
-    before = memory.residue_metrics(0)
+    before = memory.residue_metrics()
     block = torch.ones(2**28, device="cuda")
-    after = memory.residue_metrics(0)
+    after = memory.residue_metrics()
     assert after["memory/residue_gib"] == pytest.approx(before["memory/residue_gib"], abs=0.1)
     assert after["memory/residue_at_start_gib"] == before["memory/residue_at_start_gib"]
-    explained = memory.residue_metrics(block.nbytes)["memory/residue_gib"]
-    assert explained == pytest.approx(after["memory/residue_gib"] - 1.0, abs=0.1)
+    assert block.numel()
 
 
 @needs_device
 def test_pinned_memory_is_reported():
     block = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    assert CudaMemory().residue_metrics(0)["memory/host_pinned_gib"] >= block.nbytes / GIB
+    assert CudaMemory().residue_metrics()["memory/host_pinned_gib"] >= block.nbytes / GIB

@@ -69,7 +69,7 @@ class Ledger:
     def metrics(self, moment):
         return {f"memory/{moment}_gib": self.in_use() / GIB}
 
-    def residue_metrics(self, engine_bytes):
+    def residue_metrics(self):
         return {"memory/residue_gib": self.held["residue"] / GIB}
 
     def train(self):
