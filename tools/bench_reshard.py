@@ -12,7 +12,6 @@ pair is checked bit by bit on a small model before it is timed.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import multiprocessing
 import socket
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 import reshard_peers
 import reshard_sides
 import torch
-from benchmark_file import Row, timed_row, write
+from benchmark_file import Row, installed, timed_row, write
 from gpu_workers import Worker, run_all
 from plan_shapes import qwen2_7b, qwen3_moe_30b
 
@@ -223,16 +222,7 @@ def _free_port() -> int:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    return versions | {name: importlib.metadata.version(name) for name in ("sglang",) if _is_installed(name)}
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return {"cuda": str(torch.version.cuda), **installed(("torch", "sglang"))}
 
 
 def _run_pairs(arguments: argparse.Namespace, dense: ModelSpec) -> Iterator[Row]:

@@ -17,11 +17,10 @@ import random
 import tempfile
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from bench_model import QWEN2_1_5B, TINY, write_model, write_tokenizer
-from benchmark_file import write
+from benchmark_file import installed, write
 from step_rows import phase_rows, rollout_rows
 
 from mrl.config.load import load_config
@@ -127,17 +126,6 @@ def train(config: PPOConfig, *, compare: bool) -> list[float]:
     return [speed for speeds in run_ranks(rank_main, config.trainer.world_size, timeout_s=900) for speed in speeds]
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the speed; what is not installed is said to be missing."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, read its metrics file and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [*phase_rows(case, steps[1:]), *rollout_rows(case, steps[1:], sum(alone))]
     print(*rows, sep="\n")
     if arguments.output:
-        write(arguments.output, "step", rows, versions())
+        write(arguments.output, "step", rows, installed(_PACKAGES))
 
 
 def _case(arguments: argparse.Namespace) -> str:

@@ -11,16 +11,14 @@ all of it but the copies on CPU, with a tiny model. A part that fails prints its
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from bench_model import QWEN2_1_5B, TINY
-from benchmark_file import Row, write
+from benchmark_file import Row, installed, write
 from switch_parts import Job, Stages, check_weights, measure_copies, measure_optimizer, median_ms, start_job
 
 from mrl.backends.megatron.preload import preload_megatron
@@ -28,7 +26,7 @@ from mrl.backends.sglang.preload import preload_sglang
 from mrl.types import Prompt, SamplingParams
 
 _GIB = 2**30
-_PACKAGES = ("sglang", "megatron-core", "transformer_engine", "torch_memory_saver")
+_PACKAGES = ("torch", "sglang", "megatron-core", "transformer-engine", "torch_memory_saver")
 _WARM_UP = 2
 _TARGET_MS = 150.0
 _STAGES = (
@@ -170,12 +168,7 @@ class Bench:
         print(self._rows[-1], flush=True)
 
     def _save(self) -> None:
-        write(self._args.output, "switch", self._rows, _versions())
-
-
-def _versions() -> dict[str, str]:
-    found = {each.name: each.version for each in importlib.metadata.distributions() if each.name in _PACKAGES}
-    return {"torch": torch.__version__, **found}
+        write(self._args.output, "switch", self._rows, installed(_PACKAGES))
 
 
 def _arguments() -> argparse.Namespace:

@@ -18,12 +18,11 @@ import os
 import signal
 import tempfile
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from bench_model import QWEN2_1_5B, TINY, write_model
-from benchmark_file import Row, write
+from benchmark_file import Row, installed, write
 
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.fork import run_ranks
@@ -40,12 +39,7 @@ def versions(*, fused_layers: bool) -> dict[str, str]:
     Args:
         fused_layers: whether megatron could import transformer-engine.
     """
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = installed(_PACKAGES)
     if not fused_layers:
         found["transformer-engine"] += ", not importable" if "not" not in found["transformer-engine"] else ""
         found["transformer-engine"] += ": megatron's local layers were run"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -38,6 +39,17 @@ def timed_row(case: str, metric: str, value_ms: float, limit_ms: float, **peers:
     """A time with the least time that it could take; both in ms."""
     ratio = limit_ms / value_ms
     return Row(case=case, metric=metric, value=value_ms, unit="ms", limit=limit_ms, ratio=ratio, peers=peers)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of what decides the speed; what is not installed is said to be missing."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def write(path: Path, name: str, rows: Sequence[Row], versions: Mapping[str, str]) -> None:

@@ -9,7 +9,6 @@ Equal answers, an equal digest of all parameters, and memory and times of both a
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_file import Row, timed_row, write
+from benchmark_file import Row, installed, timed_row, write
 from reshard_engine import write_config
 from reshard_sides import HOST, megatron_shard, meta_state
 from torch import Tensor
@@ -247,7 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.cuda.set_device(0)
     spec = qwen2_1_5b(arguments.layers)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "sglang", "torch_memory_saver")}
+    versions = installed(("torch", "sglang", "torch_memory_saver"))
     trainer, rows, seen = Trainer(spec), [], {}
 
     def report(more: Callable[[], list[Row]]) -> None:

@@ -20,11 +20,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_file import installed
 
 from mrl.observability.report import read_metrics
 from mrl.trainer import main_ppo
@@ -142,16 +142,10 @@ def _apart(value: float, other: float) -> float:
 
 
 def _provenance(device: str) -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine(),
-        "versions": versions,
+        "versions": installed(_PACKAGES),
         "overrides": ["--config-name=demo", *_JOB, *_DEVICES[device]],
     }
 
