@@ -7,6 +7,7 @@ rule-based reward with partial credit, and an actor and a critic of different fa
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -17,14 +18,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen2Tokenizer
 
 from mrl.data.rows import write_rows
 from mrl.rewards.embedded import DATA_SOURCE
@@ -86,7 +80,7 @@ def materialise(folder: Path) -> EmbeddedPaths:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".embedded-", dir=target.parent))
         try:
-            _write(_paths(scratch))
+            _write_in_child(_paths(scratch))
             _publish(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -110,7 +104,19 @@ def _publish(scratch: Path, target: Path) -> None:
             raise
 
 
+def _write_in_child(paths: EmbeddedPaths) -> None:
+    """Write in a process of its own: transformers' models bring imports that start CUDA, and ranks are forked later."""
+    child = multiprocessing.get_context("fork").Process(target=_write, args=(paths,), name="embedded task")
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"writing the embedded task to {paths.train_file.parent} failed; the traceback is above")
+
+
 def _write(paths: EmbeddedPaths) -> None:
+    # Imported here: in the child only.
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         actor = Qwen2ForCausalLM(_actor_config())

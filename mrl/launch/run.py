@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
 
+import torch
 from tqdm import tqdm
 
 from mrl.config.inert import find_inert_on_cpu, find_inert_without_ray
@@ -139,10 +140,22 @@ def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
 
 
 def _run_rank(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvironment) -> None:
+    if plan.device == "cuda":
+        _refuse_inherited_cuda()
     _preload()
     from mrl.trainer.build import run_rank
 
     run_rank(config, plan, inputs, env)
+
+
+def _refuse_inherited_cuda() -> None:
+    """RuntimeError in a rank that was forked after CUDA had started: it could not use it, and would say so late."""
+    if torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            "CUDA was started in the process that launched the ranks before it forked them, so they cannot use it. An "
+            "import did that: look for modules that touch CUDA when imported (sitecustomize, plugins of transformers), "
+            "or start one task per rank (torchrun --nproc-per-node), which forks nothing"
+        )
 
 
 @cache

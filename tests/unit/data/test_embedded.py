@@ -1,5 +1,6 @@
 import concurrent.futures
 import json
+import multiprocessing
 
 import pyarrow.parquet as pq
 import pytest
@@ -49,8 +50,10 @@ def test_what_exists_is_not_written_again(paths, folder):
 
 
 def test_many_callers_at_once_see_one_whole_folder(tmp_path):
-    with concurrent.futures.ThreadPoolExecutor(4) as executor:
-        results = list(executor.map(lambda _: materialise(tmp_path), range(4)))
+    # As the tasks of a job are: processes.
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(4, mp_context=context) as executor:
+        results = list(executor.map(materialise, [tmp_path] * 4))
     assert len(set(results)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [results[0].actor_model.parent.name]
     load_tokenizer(results[0].actor_model)

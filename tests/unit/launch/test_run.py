@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from mrl.config.load import load_config
+from mrl.launch import run
 from mrl.launch.run import launch
 
 
@@ -29,3 +35,52 @@ def test_restarts_are_refused_where_each_rank_is_a_task_of_its_own(launcher, tmp
     assert launch(config) == 1
     assert "trainer.max_restarts = 1 cannot act with one task per rank" in caplog.text
     assert "torchrun --max-restarts=1" in caplog.text
+
+
+_PREPARE = """
+import os, sys
+from pathlib import Path
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+import torch
+folder = sys.argv[1]
+
+def touch(*args):
+    raise SystemExit("CUDA was touched in the launching process")
+
+def pretend_one_gpu():
+    torch.cuda._raw_device_count_nvml = lambda: 1
+    for name in ("_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_init"):
+        setattr(torch._C, name, touch)
+
+from mrl.data.embedded import materialise
+materialise(Path(folder) / "embedded")
+pretend_one_gpu()
+from mrl.config.load import load_config
+from mrl.launch import run
+from mrl.trainer.inputs import load_inputs
+from mrl.trainer.machine import Machine
+from mrl.trainer.plan import plan_run
+config = load_config([f"trainer.default_local_dir={folder}", "trainer.n_gpus_per_node=1", *sys.argv[2:]], "demo")
+run._prepare_process()
+plan = plan_run(config, machine=Machine(device="cuda", host_bytes=2**40, gpu_bytes=2**37))
+load_inputs(config, plan)
+assert not {"torchao", "transformers.modeling_utils", "megatron", "sglang"} & sys.modules.keys()
+"""
+
+
+def test_what_a_launching_process_does_before_it_forks_gpu_ranks_starts_no_cuda(tmp_path):
+    one = [
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=1",
+        "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=1",
+        "critic.megatron.pipeline_model_parallel_size=1",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    ]
+    command = [sys.executable, "-c", _PREPARE, str(tmp_path), *one]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_rank_that_inherited_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA was started in the process that launched the ranks before it forked"):
+        run._refuse_inherited_cuda()
