@@ -16,6 +16,8 @@ import torch
 
 HERE = Path(__file__).parent
 
+pytest.register_assert_rewrite("fault_checks")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs more GPUs than there are; the marker `gpus` says how many, one without it."""

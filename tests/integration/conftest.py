@@ -2,5 +2,9 @@
 
 import os
 
+import pytest
+
+pytest.register_assert_rewrite("fault_checks")
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -1,0 +1,21 @@
+"""Pulls that fail half way, on GPUs: a rank refuses, an engine process dies, a trainer's rank dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fault_checks import CHECKS
+from fault_jobs import FaultJob, Outcome, run_job
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.gpus(2))]
+)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_job(FaultJob(folder=tmp_path_factory.mktemp("job"), world_size=request.param, device="cuda"))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_faults_in_the_middle_of_a_pull(outcome: Outcome, check: Callable[[Outcome], None]) -> None:
+    check(outcome)
