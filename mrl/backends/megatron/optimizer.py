@@ -89,8 +89,19 @@ def wrap_data_parallel(
         module = DistributedDataParallel(
             chunk.bare.config, config, chunk.module, disable_bucketing=number > 0, pg_collection=groups
         )
+        _fuse_gradient_accumulation(module)
         wrapped.append(module)
     return wrapped
+
+
+def _fuse_gradient_accumulation(module: DistributedDataParallel) -> None:
+    """Have transformer-engine's matrix products add weight gradients to the float32 buffers themselves.
+
+    Megatron's own setting for this does not start without apex's extension, which its output layer would need.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            layer.fuse_wgrad_accumulation = True
 
 
 def check_resumable(modules: Sequence[DistributedDataParallel]) -> None:
