@@ -80,7 +80,7 @@ class RolloutConfig(Section):
     """Release the engine's memory while the trainer works."""
     alias_weights: bool = False
     """Have the engines use the actor's own memory for weights that lie there as the engine needs them, instead of a
-    copy. On CPU only: refused on GPUs, where an engine died in giving its copy back."""
+    copy. CUDA graphs are then captured in the first step."""
     max_engine_restarts: int = 3
     """Most times that engines which died, or missed `trainer.engine_call_timeout_s`, are restarted in a run; their
     unfinished prompts are generated again. 0 ends the run instead."""

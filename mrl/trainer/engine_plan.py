@@ -40,15 +40,6 @@ def count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
     return num_engines
 
 
-def check_aliases(config: PPOConfig, device: str) -> None:
-    """ValueError where engines cannot use the actor's memory as their own."""
-    if device == "cuda" and config.actor_rollout_ref.rollout.alias_weights:
-        raise ValueError(
-            "actor_rollout_ref.rollout.alias_weights = True: on GPUs an engine died when it gave back its own copy of "
-            "the weights, which its memory saver holds (torch_memory_saver 0.0.10); set it to False"
-        )
-
-
 def check_senders(config: PPOConfig, actor: ParallelLayout, num_engines: int) -> None:
     """ValueError if a part of the actor lies only on hosts without engines, which alone could send it to the others."""
     per_host, tp = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.tensor_model_parallel_size

@@ -15,7 +15,7 @@ from mrl.config.schema import PPOConfig
 from mrl.data.embedded import resolve_embedded
 from mrl.reshard.hf_export import list_model_files
 from mrl.reshard.spec import ModelSpec
-from mrl.trainer.engine_plan import check_aliases, check_senders, count_engines
+from mrl.trainer.engine_plan import check_senders, count_engines
 from mrl.trainer.job_memory import plan_memory, role_memory
 from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
@@ -102,7 +102,6 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         current["critic"] = _current(critic, critic_record, tokenizer_path)
     trainer, num_engines = config.trainer, count_engines(config, actor.spec, machine.device)
     check_senders(config, actor.layout, num_engines)
-    check_aliases(config, machine.device)
     return RunPlan(
         device=machine.device,
         world_size=config.trainer.world_size,

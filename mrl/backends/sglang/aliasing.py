@@ -89,8 +89,7 @@ def _dissolve_pool() -> None:
         # The engine runs without the memory saver.
         torch.cuda.empty_cache()
         return
-    # Outside of a region its allocator ends the process that frees: seen on an H100 with 0.0.10. That this suffices
-    # has not been seen; until then aliases are refused on GPUs (mrl/trainer/engine_plan.py).
+    # Outside of a region its allocator ends the process that frees: seen with 0.0.10.
     with saver._with_region_config(tag=_WEIGHTS, enable_cpu_backup=False, cpu_backup_backend=None):
         for key in [key for key in saver._mem_pools if key[0] == _WEIGHTS]:
             del saver._mem_pools[key]
