@@ -14,25 +14,14 @@ import pytest
 import sglang_jobs
 import torch
 import torch.distributed as dist
-from megatron_reference import (
-    OPTIMIZER,
-    TEMPERATURE,
-    load_reference,
-    make_batch,
-    policy_loss,
-    save_tiny_model,
-    value_loss,
-)
+from checkpoint_jobs import VOCAB, engine_of, export_model, new_folder, save, update, write_out
+from megatron_reference import load_reference, make_batch, save_tiny_model
 from ranks import run_on_ranks
 
 from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.engine import MegatronEngine
-from mrl.backends.megatron.optimizer import DataParallelSettings
-from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.preload import preload_sglang
-from mrl.interfaces import CheckpointError, CheckpointWrite
-from mrl.parallel.agreement import gather_results
-from mrl.parallel.layout import ParallelLayout
+from mrl.interfaces import CheckpointError
 from mrl.reshard.hf_export import copy_model_files
 from mrl.reshard.spec import load_spec
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer, LoopState
@@ -40,7 +29,6 @@ from mrl.trainer.manifest import describe_role
 from mrl.trainer.resume import find_resume_point
 from mrl.types import MicroBatchLimit
 
-VOCAB = 250
 # Losses and gradient norms of size 1, after Adam steps whose gradients differ by rounding.
 TOLERANCE = 2e-5
 LOG_PROB_TOLERANCE = 1e-5
@@ -83,47 +71,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "mixtral": save_tiny_model(folder / "mixtral", "mixtral", vocab_size=VOCAB, kv_heads=2),
         "llama": save_tiny_model(folder / "llama", "llama", vocab_size=VOCAB, kv_heads=2, tied=True),
     }
-
-
-def engine_of(path: str, kind: str, axes: dict[str, Any], *, distributed: bool) -> MegatronEngine:
-    return build_engine(
-        RoleSetup(
-            kind=kind,
-            model_path=path,
-            spec=load_spec(path),
-            layout=ParallelLayout(world_size=dist.get_world_size(), **axes),
-            temperature=TEMPERATURE,
-            optimizer=OPTIMIZER,
-            data_parallel=DataParallelSettings(use_distributed_optimizer=distributed),
-            packed="cp" in axes,
-        )
-    )
-
-
-def update(engine: MegatronEngine, kind: str, *seeds: int) -> list[dict[str, float]]:
-    loss = policy_loss if kind == "actor" else value_loss
-    batches = [make_batch(VOCAB, 5, seed=seed) for seed in seeds]
-    return [engine.update(b, loss(b), limit=MicroBatchLimit(samples=2), with_entropy=kind == "actor") for b in batches]
-
-
-def new_folder(folder: Path) -> Path:
-    if dist.get_rank() == 0:
-        folder.mkdir()
-    dist.barrier()
-    return folder
-
-
-def write_out(write: CheckpointWrite) -> None:
-    gather_results(write.write)
-    write.finish()
-
-
-def save(engine: MegatronEngine, folder: Path) -> None:
-    write_out(engine.stage_checkpoint(folder, in_background=False))
-
-
-def export_model(engine: MegatronEngine, folder: Path) -> None:
-    write_out(engine.stage_hugging_face(folder, in_background=False))
 
 
 @dataclass
