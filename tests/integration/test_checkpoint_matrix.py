@@ -73,7 +73,8 @@ def layouts(family: str) -> dict[str, dict[str, Any]]:
     """By the axis that is changed; experts are dealt out over two ranks unless it is theirs."""
     if families()[family].experts is None:
         return CHANGES
-    return {change: {**axes, "ep": 2} for change, axes in CHANGES.items()} | {"ep": SAVED}
+    # Without either, experts have the replicas of all else, and no optimizer of their own.
+    return {change: {**axes, "ep": 2} for change, axes in CHANGES.items()} | {"ep": SAVED, "tp, ep": {"pp": 2}}
 
 
 @pytest.fixture(scope="module")

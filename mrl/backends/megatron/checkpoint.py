@@ -79,9 +79,8 @@ def load_role(parts: EngineParts, folder: Path, contents: Collection[str]) -> No
     for number, chunk in enumerate(parts.chunks):
         chunk.bare.load_state_dict(loaded[f"model{number}"], strict=True)
     if resumes_optimizer:
-        for inner, state in _by_optimizer(training, loaded["optimizer"]):
-            _keep_hyperparameters(state, inner)
-        training.optimizer.load_state_dict(loaded["optimizer"])
+        step = _steps_made(common["optimizer"])
+        training.optimizer.load_state_dict(_optimizer_state(training, loaded["optimizer"], step))
     else:
         training.optimizer.reload_model_params()
     if "extra" in contents:
@@ -139,19 +138,38 @@ def _inner_optimizers(training: TrainingParts) -> list[Any]:
     return list(getattr(training.optimizer, "chained_optimizers", [training.optimizer]))
 
 
-def _by_optimizer(training: TrainingParts, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Each inner optimizer with its part of a whole state."""
+def _optimizer_state(training: TrainingParts, loaded: dict[Any, Any], step: int) -> dict[Any, Any]:
+    """What the optimizer takes of a loaded state: its tensors. All but the number of steps made is as configured.
+
+    A model's experts have an optimizer of their own in some layouts only: what else the checkpoint says of optimizers
+    may be of one where there are two now, or of two where there is one.
+    """
     inner = _inner_optimizers(training)
-    return [(inner[0], state)] if len(inner) == 1 else [(each, state[number]) for number, each in enumerate(inner)]
+    if len(inner) == 1:
+        return _inner_state(inner[0], {key: value for key, value in loaded.items() if not isinstance(key, int)}, step)
+    return {number: _inner_state(each, loaded[number], step) for number, each in enumerate(inner)}
 
 
-def _keep_hyperparameters(loaded: dict[str, Any], inner: Any) -> None:
-    """Replace the checkpoint's parameter groups with the current ones, but for the number of steps made."""
-    holder = loaded if "param_groups" in loaded else loaded["optimizer"]
-    step = max(int(group.get("step", 0)) for group in holder["param_groups"])
+def _inner_state(inner: Any, loaded: dict[str, Any], step: int) -> dict[str, Any]:
     current = inner.state_dict()
-    groups = (current if "param_groups" in current else current["optimizer"])["param_groups"]
-    holder["param_groups"] = [{**group, "step": step} for group in groups]
+    state = {"param_state_sharding_type": _FORMAT["distrib_optim_sharding_type"], **loaded}
+    if "param_groups" in current:
+        state["param_groups"] = _at_step(current["param_groups"], step)
+    else:
+        groups = _at_step(current["optimizer"]["param_groups"], step)
+        state["optimizer"] = {**loaded.get("optimizer", {}), "param_groups": groups}
+    return state
+
+
+def _at_step(groups: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [{**group, "step": step} for group in groups]
+
+
+def _steps_made(saved: dict[Any, Any]) -> int:
+    """By a saved optimizer or by each of several."""
+    if "param_groups" in saved:
+        return max(int(group.get("step", 0)) for group in saved["param_groups"])
+    return max((_steps_made(each) for each in saved.values() if isinstance(each, dict)), default=0)
 
 
 def _rng_layout(parts: EngineParts) -> dict[str, int]:
