@@ -48,7 +48,7 @@ class BytesPerParameter:
 
 def check_layout(layout: ParallelLayout, spec: ModelSpec) -> None:
     """Raise ValueError, with the numbers and what to change, unless `layout` divides heads, layers and experts."""
-    problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec) or _ep_problem(layout, spec)
+    problem = _tp_problem(layout.tp, spec) or _pp_problem(layout.pp, layout.vpp, spec) or _expert_problem(layout, spec)
     if problem:
         raise ValueError(problem)
 
@@ -62,6 +62,7 @@ def choose_layout(
     bytes_per_parameter: BytesPerParameter,
     sequence_parallel: bool = True,
     ep: int = 1,
+    etp: int = 1,
 ) -> ParallelLayout:
     """The layout with the fewest ranks per model replica whose fullest rank fits the memory.
 
@@ -75,17 +76,18 @@ def choose_layout(
             activations, other roles and the rollout engine have had their share.
         bytes_per_parameter: of this role's dtype and optimizer.
         sequence_parallel: set on the result where tp > 1.
-        ep: expert-parallel size; it is not chosen.
+        ep, etp: expert-parallel and expert-tensor-parallel size; they are not chosen.
 
     Raises:
         ValueError: no layout fits; tells how much the best one would need.
     """
     if world_size < 1 or gpus_per_node < 1:
         raise ValueError(f"world_size = {world_size} and gpus_per_node = {gpus_per_node} must be at least 1")
-    candidates = _candidates(spec, world_size, gpus_per_node, sequence_parallel, ep)
+    candidates = _candidates(spec, world_size, gpus_per_node, sequence_parallel, ep=ep, etp=etp)
     if not candidates:
+        cut = f" and expert_tensor_parallel_size = {etp}" if etp > 1 else ""
         raise ValueError(
-            f"no layout of {world_size} ranks has expert_model_parallel_size = {ep}; choose a divisor of both the "
+            f"no layout of {world_size} ranks has expert_model_parallel_size = {ep}{cut}; choose a divisor of both the "
             "ranks and the experts"
         )
     needs = [(rank_bytes(layout, spec, bytes_per_parameter), layout) for layout in candidates]
@@ -108,22 +110,23 @@ def rank_bytes(layout: ParallelLayout, spec: ModelSpec, bytes_per_parameter: Byt
     in_layers = (count_params(spec) - matrices * embedding) / layout.pp - experts
     # With pp > 1 the first and last stage hold one matrix each, tied or not.
     on_stage = in_layers + embedding * (matrices if layout.pp == 1 else 1)
-    expert_replicas = layout.world_size // layout.pp // layout.ep
     return round(
         on_stage / layout.tp * bytes_per_parameter.total(layout.dp * layout.cp)
-        + experts / layout.ep * bytes_per_parameter.total(expert_replicas)
+        + experts / (layout.ep * layout.etp) * bytes_per_parameter.total(layout.expert_dp)
     )
 
 
 def _candidates(
-    spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_parallel: bool, ep: int
+    spec: ModelSpec, world_size: int, gpus_per_node: int, sequence_parallel: bool, *, ep: int, etp: int
 ) -> list[ParallelLayout]:
     """Layouts that divide model, node and world, smallest replica first, then most tensor parallelism first."""
     layouts = [
-        ParallelLayout(world_size=world_size, tp=tp, pp=pp, ep=ep, sequence_parallel=sequence_parallel and tp > 1)
+        ParallelLayout(
+            world_size=world_size, tp=tp, pp=pp, ep=ep, etp=etp, sequence_parallel=sequence_parallel and tp > 1
+        )
         for tp in _divisors(gpus_per_node)
         for pp in _divisors(spec.num_hidden_layers)
-        if world_size % (tp * pp) == 0 and world_size // pp % ep == 0 and not _tp_problem(tp, spec)
+        if world_size % (tp * pp) == 0 and world_size // pp % (ep * etp) == 0 and not _tp_problem(tp, spec)
     ]
     return sorted(layouts, key=lambda layout: (layout.tp * layout.pp, layout.pp))
 
@@ -158,15 +161,22 @@ def _pp_problem(pp: int, vpp: int | None, spec: ModelSpec) -> str | None:
     return f"{name} = {chunks} does not divide num_hidden_layers = {spec.num_hidden_layers}; make it one of {allowed}"
 
 
-def _ep_problem(layout: ParallelLayout, spec: ModelSpec) -> str | None:
+def _expert_problem(layout: ParallelLayout, spec: ModelSpec) -> str | None:
     if spec.moe is None:
-        dense = f"expert_model_parallel_size = {layout.ep}, but {spec.family} models have no experts; set it to 1"
-        return dense if layout.ep > 1 else None
+        for name, size in (("expert_model", layout.ep), ("expert_tensor", layout.etp)):
+            if size > 1:
+                return f"{name}_parallel_size = {size}, but {spec.family} models have no experts; set it to 1"
+        return None
     if spec.moe.num_experts % layout.ep:
         allowed = ", ".join(map(str, _divisors(spec.moe.num_experts)))
         return (
             f"expert_model_parallel_size = {layout.ep} does not divide num_experts = {spec.moe.num_experts}; make it "
             f"one of {allowed}"
+        )
+    if spec.intermediate_size % layout.etp:
+        return (
+            f"expert_tensor_parallel_size = {layout.etp} does not divide the experts' intermediate size "
+            f"{spec.intermediate_size}; choose a divisor"
         )
     if layout.tp > 1 and not layout.sequence_parallel:
         return (

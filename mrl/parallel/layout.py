@@ -16,11 +16,13 @@ class ParallelLayout:
     """Model chunks per pipeline stage (interleaved schedule); None is off."""
     cp: int = 1
     ep: int = 1
-    """Consecutive ranks of a stage among which the experts are dealt out, each whole; 1 for dense models."""
+    """Parts into which the experts are dealt out over consecutive ranks of a stage; 1 for dense models."""
+    etp: int = 1
+    """Consecutive ranks that share each expert, whatever tp is; 1 for dense models."""
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for axis in ("world_size", "tp", "pp", "cp", "ep"):
+        for axis in ("world_size", "tp", "pp", "cp", "ep", "etp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} = {getattr(self, axis)} must be at least 1")
         product = self.tp * self.pp * self.cp
@@ -29,11 +31,11 @@ class ParallelLayout:
                 f"tensor ({self.tp}) x pipeline ({self.pp}) x context ({self.cp}) parallel size = {product} does not "
                 f"divide world size {self.world_size}; lower one or start more processes"
             )
-        per_stage = self.world_size // self.pp
-        if per_stage % self.ep:
+        if self._per_stage % (self.ep * self.etp):
+            cut = "expert_tensor_parallel_size x " if self.etp > 1 else ""
             raise ValueError(
-                f"expert_model_parallel_size = {self.ep} does not divide the {per_stage} ranks of a pipeline stage; "
-                "choose a divisor"
+                f"{cut}expert_model_parallel_size = {self.ep * self.etp} does not divide the {self._per_stage} ranks "
+                "of a pipeline stage; choose a divisor"
             )
         if self.vpp is not None and (self.vpp < 2 or self.pp < 2):
             raise ValueError(
@@ -45,6 +47,15 @@ class ParallelLayout:
     def dp(self) -> int:
         return self.world_size // (self.tp * self.pp * self.cp)
 
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self._per_stage // (self.ep * self.etp)
+
+    @property
+    def _per_stage(self) -> int:
+        return self.world_size // self.pp
+
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
         """(tp_rank, cp_rank, dp_rank, pp_rank) of a global rank."""
         tp_rank, rest = rank % self.tp, rank // self.tp
@@ -53,7 +64,11 @@ class ParallelLayout:
 
     def ep_rank(self, rank: int) -> int:
         """Place of a global rank among those that share out the experts."""
-        return rank % (self.world_size // self.pp) % self.ep
+        return rank % self._per_stage // self.etp % self.ep
+
+    def etp_rank(self, rank: int) -> int:
+        """Place of a global rank among those that share its experts; they count faster than `ep_rank`."""
+        return rank % self._per_stage % self.etp
 
     def experts_of(self, num_experts: int, ep_rank: int) -> range:
         """Global numbers of the experts on an expert-parallel rank; ValueError if they cannot be shared out evenly."""
@@ -81,4 +96,5 @@ class ParallelLayout:
         parts += [f"VPP{self.vpp}"] if self.vpp else []
         parts += [f"CP{self.cp}"] if self.cp > 1 else []
         parts += [f"EP{self.ep}"] if self.ep > 1 else []
+        parts += [f"ETP{self.etp}"] if self.etp > 1 else []
         return " x ".join([*parts, f"DP{self.dp}"]) + (" + SP" if self.sequence_parallel and self.tp > 1 else "")

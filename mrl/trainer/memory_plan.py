@@ -168,7 +168,7 @@ def _bytes_of_all_ranks(role: RoleMemory) -> int:
     experts = spec.num_hidden_layers * expert_params(spec)
     replicas = layout.dp * layout.cp
     # Tensor-parallel ranks do not share an expert: with more of them there are more copies.
-    expert_replicas = layout.world_size // layout.pp // layout.ep
+    expert_replicas = layout.expert_dp
     dense = count_params(spec) + tied_copy - experts
     return round(dense * per.total(replicas) * replicas + experts * per.total(expert_replicas) * expert_replicas)
 

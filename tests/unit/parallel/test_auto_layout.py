@@ -175,6 +175,11 @@ def test_experts_are_split_by_their_own_axis_only() -> None:
     # Adam's 12 bytes of an expert's parameter are sharded over the 2 ranks that hold it, of another's over dp = 4.
     layout = ParallelLayout(world_size=8, tp=2, ep=4, sequence_parallel=True)
     assert rank_bytes(layout, MIXTRAL, TRAINED_BF16) == round(others / 2 * (6 + 12 / 4) + experts / 4 * (6 + 12 / 2))
+    # Cut in two, there are two replicas left over ep = 2, and one over ep = 4.
+    for ep, replicas in ((2, 2), (4, 1)):
+        layout = ParallelLayout(world_size=8, tp=2, ep=ep, etp=2, sequence_parallel=True)
+        in_experts = experts / (2 * ep) * (6 + 12 / replicas)
+        assert rank_bytes(layout, MIXTRAL, TRAINED_BF16) == round(others / 2 * (6 + 12 / 4) + in_experts)
 
 
 def test_expert_parallel_ranks_are_consecutive_in_a_stage() -> None:
@@ -186,9 +191,24 @@ def test_expert_parallel_ranks_are_consecutive_in_a_stage() -> None:
         ParallelLayout(world_size=8, pp=2, ep=3)
 
 
+def test_ranks_that_share_an_expert_are_consecutive_and_count_before_those_that_deal_them_out() -> None:
+    layout = ParallelLayout(world_size=16, tp=4, pp=2, ep=2, etp=2)
+    assert [layout.etp_rank(rank) for rank in range(16)] == [0, 1] * 8
+    assert [layout.ep_rank(rank) for rank in range(16)] == [0, 0, 1, 1] * 4
+    assert layout.expert_dp == 2
+    assert str(layout) == "TP4 x PP2 x EP2 x ETP2 x DP2"
+    with pytest.raises(
+        ValueError,
+        match="expert_tensor_parallel_size x expert_model_parallel_size = 8 does not divide the 4 ranks of a pipeline",
+    ):
+        ParallelLayout(world_size=8, pp=2, ep=2, etp=4)
+
+
 @pytest.mark.parametrize(
     ("spec", "layout", "message"),
     [
+        (SMALL, {"etp": 2}, "expert_tensor_parallel_size = 2, but llama models have no experts; set it to 1"),
+        (MIXTRAL, {"world_size": 6, "etp": 3}, "= 3 does not divide the experts' intermediate size 14336; choose a"),
         (SMALL, {"ep": 2}, "expert_model_parallel_size = 2, but llama models have no experts"),
         (MIXTRAL, {"ep": 16}, r"= 16 does not divide num_experts = 8; make it one of 1, 2, 4, 8$"),
         (MIXTRAL, {"tp": 2}, "needs sequence_parallel = true"),
@@ -196,7 +216,7 @@ def test_expert_parallel_ranks_are_consecutive_in_a_stage() -> None:
 )
 def test_layouts_that_do_not_fit_the_experts_are_refused(spec: ModelSpec, layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_layout(ParallelLayout(world_size=16, **layout), spec)
+        check_layout(ParallelLayout(**{"world_size": 16, **layout}), spec)
 
 
 def test_the_automatic_layout_keeps_the_expert_parallel_size() -> None:
@@ -205,3 +225,7 @@ def test_the_automatic_layout_keeps_the_expert_parallel_size() -> None:
     assert str(chosen) == "TP1 x PP1 x EP8 x DP8"
     with pytest.raises(ValueError, match="no layout of 8 ranks has expert_model_parallel_size = 3"):
         choose_layout(MIXTRAL, memory_bytes_per_rank=16 * GIB, ep=3, **sizes)
+    cut = choose_layout(MIXTRAL, memory_bytes_per_rank=16 * GIB, ep=4, etp=2, **sizes)
+    assert str(cut) == "TP1 x PP1 x EP4 x ETP2 x DP8"
+    with pytest.raises(ValueError, match="= 4 and expert_tensor_parallel_size = 3; choose a divisor"):
+        choose_layout(MIXTRAL, memory_bytes_per_rank=16 * GIB, ep=4, etp=3, **sizes)

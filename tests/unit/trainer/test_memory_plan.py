@@ -146,13 +146,17 @@ def test_experts_are_shared_out_over_their_own_axis():
     )
     experts, routers = 4 * 4 * 3 * 512, 4 * 4 * 16
     dense = TOTAL - 4 * 3 * 512 + routers
-    layout = ParallelLayout(world_size=4, tp=2, ep=2)
     per = BytesPerParameter.of(weight=4, trained=True, distributed_optimizer=False)
-    role = RoleMemory(name="actor", spec=spec, layout=layout, bytes_per_parameter=per)
     engine = EngineMemory(spec=SPEC, tp=1, bytes_per_weight=4, static_fraction=None)
-    plan = plan_host_memory([role], engine, num_engines=1, host_bytes=GIB)
-    # Two replicas of everything: over tp x dp = 4 ranks the dense part is cut by tp = 2, the experts by ep = 2.
-    assert items_of(plan)["actor"][0] == 2 * 16 * (dense + experts)
+
+    def actor_bytes(**axes):
+        layout = ParallelLayout(world_size=4, tp=2, **axes)
+        role = RoleMemory(name="actor", spec=spec, layout=layout, bytes_per_parameter=per)
+        return items_of(plan_host_memory([role], engine, num_engines=1, host_bytes=GIB))["actor"][0]
+
+    # Two replicas of everything: over tp x dp = 4 ranks the dense part is cut by tp = 2, the experts by ep or etp = 2.
+    assert actor_bytes(ep=2) == actor_bytes(etp=2) == 2 * 16 * (dense + experts)
+    assert actor_bytes(ep=2, etp=2) == 16 * (2 * dense + experts)
 
 
 def test_a_run_is_planned_for_gpus_that_are_not_here(tmp_path):
