@@ -84,6 +84,8 @@ def hold(state: State, *, spec: ModelSpec, layout: ParallelLayout, rank: int, kn
         rank=rank,
         tp_rank=layout.coordinates(rank)[0],
         tp_size=layout.tp,
+        etp_rank=layout.etp_rank(rank),
+        etp_size=layout.etp,
         host=HOST,
         device=device_number(torch.device("cuda", torch.cuda.current_device())),
     )

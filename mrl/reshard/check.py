@@ -172,7 +172,7 @@ def _check_layouts(spec: ModelSpec, layout: ParallelLayout, rollout_tp: int, rol
         layout.experts_of(spec.moe.num_experts, 0)
     prefix = "decoder.layers.0."
     for name in layer_params(spec, "megatron"):
-        expected_megatron_shape(spec, prefix + name, tp_size=layout.tp)
+        expected_megatron_shape(spec, prefix + name, tp_size=layout.tp, etp_size=layout.etp)
     expected_sglang_shape(spec, "model.embed_tokens.weight", tp_size=rollout_tp)
     for name in layer_params(spec, "sglang"):
         expected_sglang_shape(spec, "model.layers.0." + name, tp_size=rollout_tp, ep_size=rollout_ep)
@@ -204,11 +204,11 @@ def parse_axes(text: str, allowed: Sequence[str]) -> dict[str, int]:
 
 
 def training_layout(text: str) -> ParallelLayout:
-    """The layout of "tp=2,pp=2,vpp=2,cp=1,dp=1,ep=1"; absent axes are 1, and vpp=1 is off."""
-    axes = parse_axes(text, ("tp", "pp", "vpp", "cp", "dp", "ep"))
-    tp, pp, cp, vpp, ep = (axes.get(axis, 1) for axis in ("tp", "pp", "cp", "vpp", "ep"))
+    """The layout of "tp=2,pp=2,vpp=2,cp=1,dp=1,ep=1,etp=1"; absent axes are 1, and vpp=1 is off."""
+    axes = parse_axes(text, ("tp", "pp", "vpp", "cp", "dp", "ep", "etp"))
+    tp, pp, cp, vpp, ep, etp = (axes.get(axis, 1) for axis in ("tp", "pp", "cp", "vpp", "ep", "etp"))
     world_size = tp * pp * cp * axes.get("dp", 1)
-    return ParallelLayout(world_size=world_size, tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp if vpp > 1 else None)
+    return ParallelLayout(world_size=world_size, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, vpp=vpp if vpp > 1 else None)
 
 
 def render(report: CheckReport, console: Console) -> None:
@@ -280,7 +280,7 @@ def _read_config(model: Path, layers: int | None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mrl reshard-check", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder; only config.json is read")
-    parser.add_argument("--train", default="tp=1", help="training layout: tp, pp, vpp, cp, dp, ep, as tp=2,pp=2,vpp=2")
+    parser.add_argument("--train", default="tp=1", help="training layout: tp, pp, vpp, cp, dp, ep, etp; as tp=2,pp=2")
     parser.add_argument("--rollout", default="tp=1", help="engine layout: tp, ep, as tp=2")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
     parser.add_argument("--layers", type=int, help="use this many layers instead of the model's, to save memory")

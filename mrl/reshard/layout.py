@@ -59,6 +59,9 @@ class SourceRank:
     rank: int
     tp_rank: int
     tp_size: int
+    etp_rank: int = 0
+    """Its place among the ranks that share its experts."""
+    etp_size: int = 1
     host: str
     """Address under which other hosts reach its host; equal for all ranks of a host, and for no others."""
     device: int

@@ -29,6 +29,8 @@ def megatron_shard(
     post_process: bool,
     padded_vocab_size: int,
     experts: Sequence[int] = (),
+    etp_rank: int = 0,
+    etp_size: int = 1,
 ) -> dict[str, Tensor]:
     """One rank's parameters (local spec names, global layer and expert numbers) from a whole Hugging Face state dict.
 
@@ -37,6 +39,7 @@ def megatron_shard(
         pre_process, post_process: the rank holds the embedding; the final norm and the output layer. A tied output
             layer is held only where the embedding is not, as in GPTModel.
         experts: global numbers of the rank's experts, of a model that has any.
+        etp_rank, etp_size: the rank's place among those that share each of them.
     """
 
     def rows(tensor: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def megatron_shard(
             shard[f"{target}self_attention.{name}_layernorm.weight"] = state[f"{source}self_attn.{name}_norm.weight"]
         shard[target + "self_attention.linear_proj.weight"] = columns(state[source + "self_attn.o_proj.weight"])
         if spec.moe:
-            shard |= _megatron_experts(state, spec, source, target, experts)
+            shard |= _megatron_experts(state, spec, source, target, experts, etp_rank=etp_rank, etp_size=etp_size)
             continue
         gate, up = (rows(state[f"{source}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         shard[target + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
@@ -73,15 +76,23 @@ def megatron_shard(
 
 
 def _megatron_experts(
-    state: StateDict, spec: ModelSpec, source: str, target: str, experts: Sequence[int]
+    state: StateDict,
+    spec: ModelSpec,
+    source: str,
+    target: str,
+    experts: Sequence[int],
+    *,
+    etp_rank: int,
+    etp_size: int,
 ) -> dict[str, Tensor]:
     names = _expert_names(spec)
     shard = {target + "mlp.router.weight": state[f"{source}{names.module}.gate.weight"]}
     for expert in experts:
         prefix, local = f"{source}{names.module}.experts.{expert}.", f"{target}mlp.experts.local_experts.{expert}."
         gate, up, down = (state[f"{prefix}{name}.weight"] for name in (names.gate, names.up, names.down))
-        shard[local + "linear_fc1.weight"] = torch.cat([gate, up])
-        shard[local + "linear_fc2.weight"] = down
+        halves = [matrix.chunk(etp_size)[etp_rank] for matrix in (gate, up)]
+        shard[local + "linear_fc1.weight"] = torch.cat(halves)
+        shard[local + "linear_fc2.weight"] = down.chunk(etp_size, dim=1)[etp_rank].contiguous()
     return shard
 
 
@@ -91,12 +102,19 @@ def _expert_names(spec: ModelSpec) -> ExpertNames:
     return names
 
 
-def hugging_face_state(stages: Sequence[Sequence[Mapping[str, Tensor]]], spec: ModelSpec) -> dict[str, Tensor]:
-    """The whole Hugging Face state dict from `stages[pp_rank][tp_rank]`, shards that have every expert between them."""
+def hugging_face_state(
+    stages: Sequence[Sequence[Mapping[str, Tensor]]], spec: ModelSpec, *, etp_size: int = 1
+) -> dict[str, Tensor]:
+    """The whole Hugging Face state dict from `stages[pp_rank][tp_rank]`, shards that have every expert between them.
+
+    Args:
+        etp_size: number of consecutive shards that share an expert.
+    """
     state: dict[str, Tensor] = {}
     for stage in stages:
         for name in {name: None for shard in stage for name in shard}:
-            _unshard(name, [shard[name] for shard in stage if name in shard], spec, state)
+            shards = [shard[name] for shard in stage if name in shard]
+            _unshard(name, shards[:etp_size] if ".mlp.experts." in name else shards, spec, state)
     return state
 
 
@@ -130,17 +148,21 @@ def _unshard_layer(prefix: str, kind: str, shards: list[Tensor], spec: ModelSpec
         names, (_, _, _, expert, matrix, _) = _expert_names(spec), kind.split(".")
         stem = f"{prefix}{names.module}.experts.{expert}."
         if matrix == "linear_fc1":
-            state[f"{stem}{names.gate}.weight"], state[f"{stem}{names.up}.weight"] = shards[0].chunk(2)
+            state[f"{stem}{names.gate}.weight"], state[f"{stem}{names.up}.weight"] = _gate_and_up(shards)
         else:
-            state[f"{stem}{names.down}.weight"] = shards[0]
+            state[f"{stem}{names.down}.weight"] = torch.cat(shards, dim=1)
     elif kind == "self_attention.linear_proj.weight":
         state[prefix + "self_attn.o_proj.weight"] = torch.cat(shards, dim=1)
     elif kind == "mlp.linear_fc1.weight":
-        halves = [shard.chunk(2) for shard in shards]
-        state[prefix + "mlp.gate_proj.weight"] = torch.cat([gate for gate, _ in halves])
-        state[prefix + "mlp.up_proj.weight"] = torch.cat([up for _, up in halves])
+        state[prefix + "mlp.gate_proj.weight"], state[prefix + "mlp.up_proj.weight"] = _gate_and_up(shards)
     elif kind == "mlp.linear_fc2.weight":
         state[prefix + "mlp.down_proj.weight"] = torch.cat(shards, dim=1)
+
+
+def _gate_and_up(shards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The whole matrices of shards that have a part of either."""
+    halves = [shard.chunk(2) for shard in shards]
+    return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:

@@ -105,7 +105,7 @@ class SourceIndex:
 
 
 def _shards(sources: Sequence[SourceRank]) -> list[Shard]:
-    shards: dict[tuple[int, int, int, tuple[int, ...]], Shard] = {}
+    shards: dict[tuple[int, int, int, int, int, tuple[int, ...]], Shard] = {}
     tables: dict[tuple[SourceParam, ...], int] = {}
     # By identity first: hashing a long table for every rank would take longer than all the rest.
     known: dict[int, int] = {}
@@ -113,7 +113,8 @@ def _shards(sources: Sequence[SourceRank]) -> list[Shard]:
         table = known.get(id(source.params))
         if table is None:
             table = known[id(source.params)] = tables.setdefault(source.params, len(tables))
-        key = table, source.tp_rank, source.tp_size, tuple(buffer.num_bytes for buffer in source.buffers)
+        sizes = tuple(buffer.num_bytes for buffer in source.buffers)
+        key = table, source.tp_rank, source.tp_size, source.etp_rank, source.etp_size, sizes
         shards.setdefault(key, Shard(len(shards), [])).ranks.append(source)
     return list(shards.values())
 
@@ -125,11 +126,24 @@ def _add(
     rows, cols = as_matrix(param.shape)
     pitch = cols * element_size
     _check_in_buffer(first, param, rows * pitch, first.buffers)
-    for piece in megatron_pieces(spec, param.name, param.shape, tp_rank=first.tp_rank, tp_size=first.tp_size):
+    for piece in source_pieces(spec, first, param):
         offset = param.offset_bytes + piece.local_row * pitch + piece.local_col * element_size
         box = Box(piece.row, piece.col, piece.rows, piece.cols)
         holding = holdings.setdefault((piece.tensor, box), Holding(piece.tensor, box))
         holding.replicas.append(Replica(shard, param.buffer, offset, pitch))
+
+
+def source_pieces(spec: ModelSpec, source: SourceRank, param: SourceParam) -> list[Piece]:
+    """Where a parameter of a trainer rank's export lies in the checkpoint."""
+    return megatron_pieces(
+        spec,
+        param.name,
+        param.shape,
+        tp_rank=source.tp_rank,
+        tp_size=source.tp_size,
+        etp_rank=source.etp_rank,
+        etp_size=source.etp_size,
+    )
 
 
 def _check_in_buffer(source: SourceRank, param: SourceParam, num_bytes: int, buffers: Sequence[SourceBuffer]) -> None:

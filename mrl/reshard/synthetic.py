@@ -59,9 +59,17 @@ def export_layout(
     for rank in range(layout.world_size):
         params = in_one_buffer(trainer_shard(spec, state, layout, rank, padded_vocab_size=padded_vocab_size))
         device = first_device + rank if first_device >= 0 else -1
-        tp_rank = layout.coordinates(rank)[0]
         sources.append(
-            export_source(params.items(), rank=rank, tp_rank=tp_rank, tp_size=layout.tp, host=host, device=device)
+            export_source(
+                params.items(),
+                rank=rank,
+                tp_rank=layout.coordinates(rank)[0],
+                tp_size=layout.tp,
+                etp_rank=layout.etp_rank(rank),
+                etp_size=layout.etp,
+                host=host,
+                device=device,
+            )
         )
         memory.append(params)
     return SyntheticTrainer(sources=sources, memory=memory)
@@ -83,6 +91,8 @@ def trainer_shard(
         post_process=pp_rank == layout.pp - 1,
         padded_vocab_size=padded_vocab_size,
         experts=layout.experts_of(spec.moe.num_experts, layout.ep_rank(rank)) if spec.moe else (),
+        etp_rank=layout.etp_rank(rank),
+        etp_size=layout.etp,
     )
 
 

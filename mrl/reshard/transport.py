@@ -77,7 +77,15 @@ def device_number(device: torch.device) -> int:
 
 
 def export_source(
-    named_parameters: Iterable[tuple[str, Tensor]], *, rank: int, tp_rank: int, tp_size: int, host: str, device: int
+    named_parameters: Iterable[tuple[str, Tensor]],
+    *,
+    rank: int,
+    tp_rank: int,
+    tp_size: int,
+    etp_rank: int = 0,
+    etp_size: int = 1,
+    host: str,
+    device: int,
 ) -> SourceRank:
     """Export the storages under a trainer rank's parameters, each storage once.
 
@@ -111,6 +119,8 @@ def export_source(
         rank=rank,
         tp_rank=tp_rank,
         tp_size=tp_size,
+        etp_rank=etp_rank,
+        etp_size=etp_size,
         host=host,
         device=device,
         dtype=dtypes.pop(),

@@ -18,8 +18,8 @@ _ALIGNMENT_BYTES = 256
 _VOCAB_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this times its tensor-parallel size."""
 
-ShardKey = tuple[int, int, int]
-"""(tp_rank, pp_rank, ep_rank): trainer ranks of one key hold the same parameters."""
+ShardKey = tuple[int, int, int, int]
+"""(tp_rank, pp_rank, ep_rank, etp_rank): trainer ranks of one key hold the same parameters."""
 
 
 def host_name(rank: int, gpus_per_host: int) -> str:
@@ -30,7 +30,7 @@ def host_name(rank: int, gpus_per_host: int) -> str:
 def shard_key(layout: ParallelLayout, rank: int) -> ShardKey:
     """Which shard a trainer rank holds."""
     tp_rank, _, _, pp_rank = layout.coordinates(rank)
-    return tp_rank, pp_rank, layout.ep_rank(rank)
+    return tp_rank, pp_rank, layout.ep_rank(rank), layout.etp_rank(rank)
 
 
 def trainer_exports(
@@ -52,6 +52,8 @@ def trainer_exports(
                 rank=rank,
                 tp_rank=key[0],
                 tp_size=layout.tp,
+                etp_rank=key[3],
+                etp_size=layout.etp,
                 host=host_name(rank, gpus_per_host),
                 device=rank % gpus_per_host,
                 dtype=str(dtype).removeprefix("torch."),

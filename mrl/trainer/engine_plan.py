@@ -45,9 +45,9 @@ def check_senders(config: PPOConfig, actor: ParallelLayout, num_engines: int) ->
     per_host, tp = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.tensor_model_parallel_size
     with_engines = -(-num_engines * tp // per_host) * per_host
 
-    def part(rank: int) -> tuple[int, int, int]:
+    def part(rank: int) -> tuple[int, int, int, int]:
         tp_rank, _, _, pp_rank = actor.coordinates(rank)
-        return tp_rank, pp_rank, actor.ep_rank(rank)
+        return tp_rank, pp_rank, actor.ep_rank(rank), actor.etp_rank(rank)
 
     held = {part(rank) for rank in range(with_engines)}
     alone = sorted({rank // per_host for rank in range(with_engines, actor.world_size) if part(rank) not in held})

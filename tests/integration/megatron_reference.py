@@ -17,8 +17,9 @@ from torch import Tensor
 from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.optimizer import OptimizerSettings
 from mrl.interfaces import LossFn, ModelOutput
-from mrl.reshard.families import megatron_pieces, tensor_shapes
+from mrl.reshard.families import tensor_shapes
 from mrl.reshard.layout import SourceParam, SourceRank
+from mrl.reshard.sources import source_pieces
 from mrl.reshard.spec import ModelSpec
 from mrl.reshard.transport import open_buffer
 from mrl.types import Metric, TrainBatch
@@ -194,7 +195,7 @@ def _copy_pieces(tensors: dict[str, Tensor], spec: ModelSpec, source: SourceRank
     numel = torch.Size(param.shape).numel()
     raw = open_buffer(source.buffers[param.buffer])[param.offset_bytes :]
     local = raw[: numel * 4].view(torch.float32).view(param.shape[0], -1)
-    for piece in megatron_pieces(spec, param.name, param.shape, tp_rank=source.tp_rank, tp_size=source.tp_size):
+    for piece in source_pieces(spec, source, param):
         target = tensors[piece.tensor].view(tensors[piece.tensor].shape[0], -1)
         box = local[piece.local_row : piece.local_row + piece.rows, piece.local_col : piece.local_col + piece.cols]
         target[piece.row : piece.row + piece.rows, piece.col : piece.col + piece.cols] = box

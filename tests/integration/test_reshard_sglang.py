@@ -62,6 +62,7 @@ def test_ties_and_numbers_of_kv_heads(tied, kv_heads):
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_experts_are_dealt_out_on_either_side(family):
     pairs = [("dp=2,ep=2", 2, 2), ("tp=2,ep=2", 4, 2), ("tp=2,dp=2,ep=4", 2, 1), ("tp=2,pp=2", 4, 4), ("dp=4", 4, 2)]
+    pairs += [("tp=2,etp=2", 4, 1), ("tp=2,dp=2,ep=2,etp=2", 4, 2), ("pp=2,dp=4,etp=4", 2, 1)]
     for train, rollout_tp, rollout_ep in pairs:
         report = run_check(FAMILY_CONFIGS[family], training_layout(train), rollout_tp=rollout_tp, rollout_ep=rollout_ep)
         assert [rank.differing for rank in report.ranks] == [()] * rollout_tp, (train, rollout_tp, rollout_ep)

@@ -50,17 +50,27 @@ def spec_from_config(config: Config) -> ModelSpec:
     return family.read(config)
 
 
-def megatron_pieces(spec: ModelSpec, name: str, shape: Sequence[int], *, tp_rank: int, tp_size: int) -> list[Piece]:
+def megatron_pieces(
+    spec: ModelSpec,
+    name: str,
+    shape: Sequence[int],
+    *,
+    tp_rank: int,
+    tp_size: int,
+    etp_rank: int = 0,
+    etp_size: int = 1,
+) -> list[Piece]:
     """Where one rank's Megatron parameter lies in the checkpoint.
 
     Args:
         name: in GPTModel (local or transformer-engine spec), with the layer's and the expert's global number.
         shape: of the live parameter; vocabulary rows may be padded, and padded rows are in no piece.
+        etp_rank, etp_size: the rank's place among those that share an expert.
 
     Raises:
         ValueError: unknown name, a layout that does not divide, or another shape than the layout gives.
     """
-    cut = Cut("Megatron", tp_rank, tp_size)
+    cut = Cut("Megatron", tp_rank, tp_size, etp_rank=etp_rank, etp_size=etp_size)
     return _checked(decoder.megatron_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
 
 
@@ -76,10 +86,10 @@ def sglang_pieces(
 
 
 def expected_megatron_shape(
-    spec: ModelSpec, name: str, *, tp_size: int, padded_vocab_size: int | None = None
+    spec: ModelSpec, name: str, *, tp_size: int, etp_size: int = 1, padded_vocab_size: int | None = None
 ) -> tuple[int, ...]:
     """Shape of one rank's Megatron parameter; the vocabulary is `padded_vocab_size`, by default unpadded."""
-    cut = Cut("Megatron", 0, tp_size)
+    cut = Cut("Megatron", 0, tp_size, etp_size=etp_size)
     rows = cut.share(padded_vocab_size or spec.vocab_size, "padded vocabulary") if _is_vocabulary(name) else 0
     return decoder.megatron_param(spec, name, cut, vocab_rows=rows).shape
 

@@ -24,6 +24,8 @@ from mrl.reshard.families.tables import (
 from mrl.reshard.layout import Piece
 from mrl.reshard.spec import ModelSpec
 
+_EXPERT_SIZE = "intermediate size of an expert"
+
 
 def norms(spec: ModelSpec) -> Part:
     """RMSNorms before attention and before the MLP; transformer-engine keeps them in the linear layer that follows."""
@@ -82,9 +84,10 @@ def mlp(spec: ModelSpec) -> Part:
 def mixture_of_experts(spec: ModelSpec, names: ExpertNames) -> Part:
     """A router and its experts, each SwiGLU.
 
-    Megatron holds each of a rank's experts whole: one module an expert in the local spec, numbered parameters of one
-    module in transformer-engine's. SGLang holds all of a rank's experts in two parameters, w13 [experts, gate rows then
-    up rows, hidden] and w2 [experts, hidden, ffn], cut over the ranks that share an expert.
+    Megatron cuts each of a rank's experts over its expert tensor parallel ranks, as it cuts a dense MLP over the tensor
+    parallel ones: one module an expert in the local spec, numbered parameters of one module in transformer-engine's.
+    SGLang holds all of a rank's experts in two parameters, w13 [experts, gate rows then up rows, hidden] and w2
+    [experts, hidden, ffn], cut over the ranks that share an expert.
     """
     assert spec.moe is not None, f"{spec.family} has experts, but its spec says nothing of them"
     hidden, ffn = spec.hidden_size, spec.intermediate_size
@@ -95,7 +98,8 @@ def mixture_of_experts(spec: ModelSpec, names: ExpertNames) -> Part:
     for expert in range(spec.moe.num_experts):
         gate, up, down = _expert_tensors(names, expert)
         tensors |= {gate: (ffn, hidden), up: (ffn, hidden), down: (hidden, ffn)}
-        into, out = _uncut(stacked_row_shares((gate, up), ffn, hidden, "")), replicated(down, hidden, ffn)
+        into = _of_expert(stacked_row_shares((gate, up), ffn, hidden, _EXPERT_SIZE))
+        out = _of_expert(column_share(down, hidden, ffn, _EXPERT_SIZE))
         local = f"mlp.experts.local_experts.{expert}"
         megatron |= {f"{local}.linear_fc1.weight": into, f"{local}.linear_fc2.weight": out}
         megatron |= {f"mlp.experts.linear_fc{n}.weight{expert}": rule for n, rule in ((1, into), (2, out))}
@@ -126,16 +130,16 @@ def _expert_tensors(names: ExpertNames, expert: int) -> tuple[str, str, str]:
     return gate, up, down
 
 
-def _uncut(rule: Rule) -> Rule:
-    """The rule on an axis of one rank: Megatron's experts are not cut (expert tensor parallel size 1)."""
-    return lambda cut, prefix: rule(Cut(cut.side, 0, 1), prefix)
+def _of_expert(rule: Rule) -> Rule:
+    """The rule on Megatron's expert tensor parallel axis."""
+    return lambda cut, prefix: rule(cut.of_expert(), prefix)
 
 
 def _sglang_w13(spec: ModelSpec, names: ExpertNames) -> Rule:
     def rule(cut: Cut, prefix: str) -> LocalParam:
         assert spec.moe is not None
         experts, within = cut.experts(spec.moe.num_experts)
-        share = within.share(spec.intermediate_size, "intermediate size of an expert")
+        share = within.share(spec.intermediate_size, _EXPERT_SIZE)
         segments = [
             Segment(prefix + tensor, share * within.rank, share)
             for expert in experts
@@ -150,7 +154,7 @@ def _sglang_w2(spec: ModelSpec, names: ExpertNames) -> Rule:
     def rule(cut: Cut, prefix: str) -> LocalParam:
         assert spec.moe is not None
         experts, within = cut.experts(spec.moe.num_experts)
-        rows, share = spec.hidden_size, within.share(spec.intermediate_size, "intermediate size of an expert")
+        rows, share = spec.hidden_size, within.share(spec.intermediate_size, _EXPERT_SIZE)
         pieces = [
             Piece(prefix + _expert_tensors(names, expert)[2], 0, share * within.rank, rows, share, rows * number, 0)
             for number, expert in enumerate(experts)

@@ -20,6 +20,9 @@ class Cut:
     size: int
     ep_size: int = 1
     """Of SGLang: into how many groups of consecutive ranks the axis is divided to share out the experts."""
+    etp_rank: int = 0
+    """Of Megatron: the rank's place among those that share each of its experts, an axis of its own."""
+    etp_size: int = 1
 
     def share(self, total: int, what: str) -> int:
         """`total` divided over the axis; ValueError if it does not divide."""
@@ -27,8 +30,12 @@ class Cut:
             raise ValueError(f"{what} = {total} is not divisible by the {self.side} tensor parallel size {self.size}")
         return total // self.size
 
+    def of_expert(self) -> Cut:
+        """Megatron's cut of an expert."""
+        return Cut(f"{self.side} expert", self.etp_rank, self.etp_size)
+
     def experts(self, num_experts: int) -> tuple[range, Cut]:
-        """The rank's experts, and its cut of each of them; ValueError if the sizes do not divide."""
+        """SGLang's experts of the rank, and its cut of each of them; ValueError if the sizes do not divide."""
         if num_experts % self.ep_size or self.size % self.ep_size:
             raise ValueError(
                 f"{self.side} expert parallel size {self.ep_size} does not divide num_experts = {num_experts} or the "

@@ -87,8 +87,12 @@ def host_jobs(draw):
     """
     spec, layout = draw(st.one_of(specs, moe_specs)), draw(layouts())
     assume(spec.num_hidden_layers % (layout.pp * (layout.vpp or 1)) == 0)
-    if spec.moe and layout.world_size // layout.pp % 2 == 0:
-        layout = replace(layout, ep=draw(st.sampled_from([1, 2])))
+    if spec.moe:
+        on_stage = layout.world_size // layout.pp
+        ep = draw(st.sampled_from([size for size in (1, 2) if on_stage % size == 0]))
+        layout = replace(
+            layout, ep=ep, etp=draw(st.sampled_from([size for size in (1, 2) if on_stage // ep % size == 0]))
+        )
     sizes = [size for size in (1, 2, 4) if layout.world_size % size == 0]
     return partial(
         host_job,

@@ -26,6 +26,7 @@ def model(tmp_path):
 def test_a_layout_is_read_from_its_axes():
     assert training_layout("tp=2, pp=2,vpp=2,dp=3") == ParallelLayout(world_size=12, tp=2, pp=2, vpp=2)
     assert training_layout("cp=2,vpp=1") == ParallelLayout(world_size=2, cp=2)
+    assert training_layout("dp=4,ep=2,etp=2") == ParallelLayout(world_size=4, ep=2, etp=2)
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=0", "tp=x", "zp=2", "tp=2,tp=2", "tp=-1", ""])

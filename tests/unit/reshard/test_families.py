@@ -106,16 +106,16 @@ def test_transformer_engine_norms_are_the_plain_norms(fused, plain):
 
 
 @settings(max_examples=25, deadline=None)
-@given(spec=specs | moe_specs, layout=layouts(), multiple=st.sampled_from([1, 8]))
-def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
+@given(spec=specs | moe_specs, layout=layouts(), multiple=st.sampled_from([1, 8]), etp_size=st.sampled_from([1, 2, 4]))
+def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple, etp_size):
     state = distinct_state(spec, torch.float32)
     rows = padded(spec.vocab_size, multiple * layout.tp)
     for tp_rank in range(layout.tp):
+        place = {"tp_rank": tp_rank, "tp_size": layout.tp, "etp_rank": (tp_rank + 1) % etp_size, "etp_size": etp_size}
         shard = megatron_shard(
             state,
             spec,
-            tp_rank=tp_rank,
-            tp_size=layout.tp,
+            **place,
             layers=range(spec.num_hidden_layers),
             pre_process=True,
             post_process=True,
@@ -123,8 +123,9 @@ def test_megatron_tables_agree_with_the_slow_reference(spec, layout, multiple):
             experts=range(spec.moe.num_experts) if spec.moe else (),
         )
         for name, tensor in shard.items():
-            assert expected_megatron_shape(spec, name, tp_size=layout.tp, padded_vocab_size=rows) == tensor.shape
-            pieces = megatron_pieces(spec, name, tensor.shape, tp_rank=tp_rank, tp_size=layout.tp)
+            sizes = {"tp_size": layout.tp, "etp_size": etp_size, "padded_vocab_size": rows}
+            assert expected_megatron_shape(spec, name, **sizes) == tensor.shape
+            pieces = megatron_pieces(spec, name, tensor.shape, **place)
             assert bitwise_equal(assemble(pieces, state, tensor.shape), tensor), name
 
 
@@ -155,6 +156,22 @@ def test_numbered_experts_of_transformer_engine_are_those_of_the_local_layers():
         Piece("model.layers.1.block_sparse_moe.experts.3.w1.weight", 0, 0, 64, 64, 0, 0),
         Piece("model.layers.1.block_sparse_moe.experts.3.w3.weight", 0, 0, 64, 64, 64, 0),
     ]
+
+
+def test_megatron_cuts_an_expert_over_the_ranks_that_share_it():
+    # Second half of 64 rows and columns, whichever tensor-parallel rank it is.
+    spec = spec_from_config(FAMILY_CONFIGS["mixtral"])
+    place, expert = {"tp_rank": 2, "tp_size": 4, "etp_rank": 1, "etp_size": 2}, "decoder.layers.0.mlp.experts."
+    stem = "model.layers.0.block_sparse_moe.experts.2"
+    assert megatron_pieces(spec, f"{expert}linear_fc1.weight2", (64, 64), **place) == [
+        Piece(f"{stem}.w1.weight", 32, 0, 32, 64, 0, 0),
+        Piece(f"{stem}.w3.weight", 32, 0, 32, 64, 32, 0),
+    ]
+    assert megatron_pieces(spec, f"{expert}linear_fc2.weight2", (64, 32), **place) == [
+        Piece(f"{stem}.w2.weight", 0, 32, 64, 32, 0, 0)
+    ]
+    with pytest.raises(ValueError, match="expert = 64 is not divisible by the Megatron expert tensor parallel size 3"):
+        megatron_pieces(spec, f"{expert}linear_fc2.weight2", (64, 21), tp_rank=0, tp_size=1, etp_size=3)
 
 
 def test_sglang_experts_are_dealt_out_to_groups_of_ranks_and_cut_within():

@@ -29,9 +29,10 @@ def test_shards_of_any_layout_give_the_checkpoint_back(spec, layout, multiple):
 @given(spec=moe_specs, tp=st.sampled_from([1, 2, 4]), data=st.data())
 def test_shards_of_experts_give_the_checkpoint_back(spec, tp, data):
     ep = data.draw(st.sampled_from([size for size in (1, 2, 4) if tp % size == 0]))
-    layout = ParallelLayout(world_size=2 * tp, tp=tp, pp=2, ep=ep)
+    etp = data.draw(st.sampled_from([size for size in (1, 2, 4) if tp // ep % size == 0]))
+    layout = ParallelLayout(world_size=2 * tp, tp=tp, pp=2, ep=ep, etp=etp)
     state, trainer = state_and_trainer(spec, layout)
-    back = hugging_face_state([trainer.memory[:tp], trainer.memory[tp:]], spec)
+    back = hugging_face_state([trainer.memory[:tp], trainer.memory[tp:]], spec, etp_size=etp)
     assert back.keys() == state.keys()
     assert all(bitwise_equal(back[name], state[name]) for name in state)
 

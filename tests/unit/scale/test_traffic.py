@@ -49,6 +49,7 @@ JOBS = {
     "stages that share hosts": job(DENSE, world_size=32, pp=4, rollout_tp=4, gpus_per_host=16),
     "engines over two hosts": job(DENSE, world_size=32, tp=2, pp=2, rollout_tp=8),
     "experts": job(EXPERTS, world_size=16, tp=2, pp=2, ep=4, rollout_tp=4, rollout_ep=2),
+    "experts in parts": job(EXPERTS, world_size=16, tp=4, pp=2, ep=2, etp=2, rollout_tp=4),
 }
 
 
