@@ -37,9 +37,9 @@ class MegatronConfig(Section):
     context_parallel_size: int = 1
     """Ranks that share each sequence; acts on packed samples (`use_remove_padding`)."""
     expert_model_parallel_size: int = 1
-    """Ranks of a pipeline stage that deal out each layer's experts among them; 1 for models without experts."""
+    """Parts into which the ranks of a pipeline stage deal out each layer's experts; 1 for models without experts."""
     expert_tensor_parallel_size: int | None = None
-    """Ranks that share each expert; experts are always whole, so it is 1 or null."""
+    """Ranks that share each expert; null is 1, whole experts (for verl's Megatron: tensor_model_parallel_size)."""
     sequence_parallel: bool = True
     """Split activations between tensor-parallel regions along the sequence; acts with tensor parallelism."""
     use_remove_padding: bool = True
@@ -66,12 +66,8 @@ class MegatronConfig(Section):
             "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
         )
-        if self.expert_tensor_parallel_size not in (None, 1):
-            raise ConfigError(
-                f"expert_tensor_parallel_size = {self.expert_tensor_parallel_size} is not supported: experts are not "
-                "cut; set it to 1, and deal experts out with expert_model_parallel_size"
-            )
         if self.context_parallel_size > 1 and not self.use_remove_padding:
             raise ConfigError(
                 f"context_parallel_size = {self.context_parallel_size} shares packed sequences only; set "

@@ -24,6 +24,7 @@ _TRAIN_KEYS = {
     "vpp": "virtual_pipeline_model_parallel_size",
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
 }
 _MEAN_BYTES = (
     ("from its own GPU", "local_bytes"),
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mrl plan` that go with --model."""
     shape = parser.add_argument_group("a job of a shape", "no weights, data or tokenizer; keys can be set beside it")
     shape.add_argument("--model", help=f"a config.json, a folder with one, or one of {', '.join(known_shapes())}")
-    shape.add_argument("--train", help="layout of actor, critic and reference: tp, pp, vpp, cp, ep")
+    shape.add_argument("--train", help="layout of actor, critic and reference: tp, pp, vpp, cp, ep, etp")
     shape.add_argument("--rollout", help="layout of every engine: tp, ep")
     shape.add_argument("--hosts", type=int, help="1 without it")
     shape.add_argument("--gpus-per-host", type=int, help="8 without it")

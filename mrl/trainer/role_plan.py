@@ -105,6 +105,7 @@ def _layout(
         vpp=megatron.virtual_pipeline_model_parallel_size,
         cp=megatron.context_parallel_size,
         ep=megatron.expert_model_parallel_size,
+        etp=megatron.expert_tensor_parallel_size or 1,
         sequence_parallel=megatron.sequence_parallel and (tp or 1) > 1,
     )
 
@@ -123,4 +124,5 @@ def _automatic_layout(
         memory_bytes_per_rank=int(share * machine.rank_bytes(trainer.n_gpus_per_node)),
         bytes_per_parameter=BytesPerParameter.of(weight=4 if megatron.dtype == "float32" else 2, trained=trained),
         ep=megatron.expert_model_parallel_size,
+        etp=megatron.expert_tensor_parallel_size or 1,
     )

@@ -45,7 +45,10 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "pp2 vpp2 packed": {"layout": {"pp": 2, "vpp": 2}, "packed": True, "data_parallel": OVERLAPPED},
     "dp2 packed": {"packed": True, "limit": FEW_TOKENS, "data_parallel": OVERLAPPED},
 }
-ON_TWO_EXPERTS: dict[str, dict[str, Any]] = {"ep2 packed": {"layout": {"ep": 2}, "packed": True}}
+ON_TWO_EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2 packed": {"layout": {"ep": 2}, "packed": True},
+    "etp2 packed": {"layout": {"etp": 2}, "packed": True, "limit": FEW_TOKENS},
+}
 
 
 def prepare(folder: Path) -> tuple[dict[str, str], dict[str, tuple[Any, ...]]]:

@@ -74,7 +74,12 @@ def layouts(family: str) -> dict[str, dict[str, Any]]:
     if families()[family].experts is None:
         return CHANGES
     # Without either, experts have the replicas of all else, and no optimizer of their own.
-    return {change: {**axes, "ep": 2} for change, axes in CHANGES.items()} | {"ep": SAVED, "tp, ep": {"pp": 2}}
+    return {change: {**axes, "ep": 2} for change, axes in CHANGES.items()} | {
+        "ep": SAVED,
+        "tp, ep": {"pp": 2},
+        "ep, etp": {**SAVED, "etp": 2},
+        "pp, etp": {**CHANGES["pp"], "ep": 2, "etp": 2},
+    }
 
 
 @pytest.fixture(scope="module")

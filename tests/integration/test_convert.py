@@ -34,7 +34,7 @@ from mrl.types import MicroBatchLimit
 
 VOCAB = 250
 # 250 rows are padded for tp = 4 only.
-LAYOUTS = {"qwen2": {"tp": 4}, "llama": {"tp": 2, "pp": 2, "vpp": 2}}
+LAYOUTS = {"qwen2": {"tp": 4}, "llama": {"tp": 2, "pp": 2, "vpp": 2}, "mixtral": {"ep": 2, "etp": 2}}
 OTHER = {"tp": 2, "pp": 2}
 LOG_PROB_TOLERANCE = 1e-5
 
@@ -49,6 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "qwen2": Path(save_tiny_model(folder / "qwen2", "qwen2", vocab_size=VOCAB, kv_heads=4)),
         "llama": Path(save_tiny_model(folder / "llama", "llama", vocab_size=VOCAB, kv_heads=2, tied=True)),
+        "mixtral": Path(save_tiny_model(folder / "mixtral", "mixtral", vocab_size=VOCAB, kv_heads=2)),
     }
 
 
@@ -179,16 +180,17 @@ def test_a_role_takes_its_weights_from_a_converted_model_or_a_runs_checkpoint(ru
     assert run_on_ranks(run, 4, timeout_s=120) == [True] * 4
 
 
-def test_megatron_core_loads_a_converted_model(models, tmp_path):
+@pytest.mark.parametrize(("family", "axes"), [("qwen2", OTHER), ("mixtral", LAYOUTS["mixtral"])])
+def test_megatron_core_loads_a_converted_model(models, tmp_path, family, axes):
     converted = tmp_path / "converted"
-    assert convert("hf2megatron", "--hf", models["qwen2"], "--out", converted) == 0
+    assert convert("hf2megatron", "--hf", models[family], "--out", converted) == 0
 
     def run() -> bool:
         # Not at the top: the backend has to be imported first.
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.validation import StrictHandling
 
-        engine = engine_of(models["qwen2"], models["qwen2"], OTHER)
+        engine = engine_of(models[family], models[family], axes)
         parts = engine._parts
         with parts.state, torch.no_grad():
             [chunk] = parts.chunks

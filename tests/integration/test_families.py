@@ -43,6 +43,8 @@ MOE_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"ep": 4},
     {"tp": 2, "ep": 4, "sequence_parallel": True},
     {"tp": 2, "sequence_parallel": True},
+    {"ep": 2, "etp": 2},
+    {"tp": 2, "etp": 4, "sequence_parallel": True},
 )
 # Log-probs of magnitude 6 through 4 layers in float32.
 LOG_PROB_TOLERANCE = 1e-5

@@ -82,6 +82,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "norms on q and k, kv heads < tp: tp4 dp2 sp": ("qwen3", {"tp": 4, "sequence_parallel": True}, {}),
     "experts: tp2 ep4 dp4 sp": ("qwen3_moe", {"tp": 2, "ep": 4, "sequence_parallel": True}, {}),
+    "experts in parts: tp2 pp2 ep2 etp2 sp": (
+        "qwen3_moe",
+        {"tp": 2, "pp": 2, "ep": 2, "etp": 2, "sequence_parallel": True},
+        {"data_parallel": OVERLAPPED},
+    ),
+    "experts in parts, packed, by tokens: ep2 etp4 dp8": (
+        "mixtral",
+        {"ep": 2, "etp": 4},
+        {"packed": True, "limit": FEW_TOKENS, "recompute": FULL},
+    ),
     "experts: pp2 vpp2 ep2 dp4 recompute": (
         "mixtral",
         {"pp": 2, "vpp": 2, "ep": 2},

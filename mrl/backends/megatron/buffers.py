@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from mrl.backends.megatron.model import ModelChunk
@@ -40,10 +41,9 @@ def flatten_parameters(chunk: ModelChunk) -> Tensor:
 class ExportedWeights:
     """The export of one role's parameters on this rank, made on first use."""
 
-    def __init__(self, chunks: Sequence[ModelChunk], *, tp_rank: int, tp_size: int) -> None:
+    def __init__(self, chunks: Sequence[ModelChunk], groups: ProcessGroupCollection) -> None:
         self._chunks = chunks
-        self._tp_rank = tp_rank
-        self._tp_size = tp_size
+        self._groups = groups
         self._source: SourceRank | None = None
         self._addresses: dict[str, int] = {}
 
@@ -58,8 +58,10 @@ class ExportedWeights:
             self._source = export_source(
                 ((name, parameter.detach()) for name, parameter in named),
                 rank=torch.distributed.get_rank(),
-                tp_rank=self._tp_rank,
-                tp_size=self._tp_size,
+                tp_rank=self._groups.tp.rank(),
+                tp_size=self._groups.tp.size(),
+                etp_rank=self._groups.expt_tp.rank(),
+                etp_size=self._groups.expt_tp.size(),
                 host=host,
                 device=device_number(named[0][1].device),
             )

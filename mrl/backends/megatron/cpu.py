@@ -2,8 +2,9 @@
 
 Megatron names CUDA directly: `torch.cuda.current_device()`, `device="cuda"`, CUDA random states, streams, the type
 string "torch.cuda.FloatTensor". Every megatron.core module gets its own copy of the `torch` namespace in which those
-names mean the CPU. torch itself and all other libraries see nothing of it, except three Tensor methods, which look at
-their caller.
+names mean the CPU. The one that gathers and scatters tensors of several sizes also gets collectives that do so, which
+gloo's do not. torch itself and all other libraries see nothing of it, except three Tensor methods, which look at their
+caller.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _MODULES = (
     "megatron.core.dist_checkpointing",
@@ -139,6 +141,11 @@ def _use_cpu_names() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             setattr(module, "torch", cpu_torch)  # noqa: B010
+    collectives = _namespace_with(
+        torch.distributed, all_gather=_gather_of_several_sizes, reduce_scatter=_reduce_scatter_of_several_sizes
+    )
+    mappings = sys.modules["megatron.core.tensor_parallel.mappings"]
+    setattr(mappings, "torch", _namespace_with(cpu_torch, distributed=collectives))  # noqa: B010
     _adapt_method("cuda", lambda original, tensor, *args, **kwargs: tensor)
     _adapt_method("pin_memory", lambda original, tensor, *args, **kwargs: tensor)
     _adapt_method("type", _cuda_type_name)
@@ -162,6 +169,30 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **kwargs)
 
     return make
+
+
+def _gather_of_several_sizes(tensors: Sequence[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """`all_gather` as NCCL does it where sizes differ, which gloo refuses: every rank broadcasts its own.
+
+    Ranks that share an expert have other numbers of tokens for it.
+    """
+    tensors[group.rank()].copy_(tensor)
+    for rank, each in enumerate(tensors):
+        if each.numel():
+            dist.broadcast(each, group=group, group_src=rank)
+
+
+def _reduce_scatter_of_several_sizes(
+    output: torch.Tensor, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> None:
+    """`reduce_scatter` in the same manner: a sum for every rank."""
+    for rank, each in enumerate(tensors):
+        # A rank that does not receive the sum has something unspecified in its place.
+        total = each.clone(memory_format=torch.contiguous_format)
+        if total.numel():
+            dist.reduce(total, group=group, group_dst=rank)
+        if rank == group.rank():
+            output.copy_(total)
 
 
 def _adapt_method(name: str, replacement: Callable[..., Any]) -> None:

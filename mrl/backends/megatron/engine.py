@@ -81,11 +81,10 @@ class MegatronEngine:
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
-        tp_group = parts.groups.tp
         self._offload = _role_offload(parts)
         self._host_buffer = HostBuffer()
         self._place = ContextPlace(rank=parts.groups.cp.rank(), size=parts.groups.cp.size())
-        self._export = ExportedWeights(parts.chunks, tp_rank=tp_group.rank(), tp_size=tp_group.size())
+        self._export = ExportedWeights(parts.chunks, parts.groups)
 
     @property
     def layout(self) -> ParallelLayout:

@@ -13,7 +13,7 @@ from mrl.parallel.layout import ParallelLayout
 def build_groups(layout: ParallelLayout, *, seed: int) -> ProcessGroupCollection:
     """The role's groups, and its random states seeded. Called by all ranks, inside the role's state.
 
-    Ranks count tp fastest, then cp, dp, pp, as in `ParallelLayout.coordinates`.
+    Ranks count tp fastest, then cp, dp, pp, as in `ParallelLayout.coordinates`; for experts etp fastest, then ep.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -21,7 +21,7 @@ def build_groups(layout: ParallelLayout, *, seed: int) -> ProcessGroupCollection
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.etp,
         # Megatron wants gloo twins of NCCL groups for one legacy checkpoint format only.
         create_gloo_process_groups=False,
     )

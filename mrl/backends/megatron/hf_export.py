@@ -115,7 +115,7 @@ def stage_hf_weights(
 class _Gathering:
     """One file's tensors on their way to the rank that writes it: tp rank 0 of the file's data-parallel rank.
 
-    Tensors come from its tp_group, experts from its ep_group, which may lie within the former or extend it.
+    Tensors come from its tp_group, experts from its tp_ep_group, which may lie within the former or extend it.
     """
 
     def __init__(
@@ -123,13 +123,14 @@ class _Gathering:
     ) -> None:
         groups, layout = parts.groups, parts.layout
         on_stage = groups.pp.rank() == file.pp_rank
-        # Places on the stage: tensor-parallel ranks are consecutive, and so are expert-parallel ones.
+        # Places on the stage: tensor-parallel ranks are consecutive, and so are those that have all experts.
         place = dist.get_rank() % (layout.world_size // layout.pp)
         writer = file.dp_rank * layout.cp * layout.tp
         self.writes = on_stage and place == writer
         self._in_tp_group = on_stage and place // layout.tp == writer // layout.tp
-        self._in_ep_group = on_stage and place // layout.ep == writer // layout.ep
-        self._writer_ep_rank = writer % layout.ep
+        with_experts = layout.ep * layout.etp
+        self._in_tp_ep_group = on_stage and place // with_experts == writer // with_experts
+        self._writer_of_experts = writer % with_experts
         self._parts = parts
         self._parameters = parameters
         self._file = file
@@ -142,7 +143,7 @@ class _Gathering:
         """The tensors, on the CPU of the rank that writes; empty on the others. Called by all ranks."""
         for name, parameter in self._parameters.items():
             is_expert = is_expert_parameter(name)
-            if not (self._in_ep_group if is_expert else self._in_tp_group):
+            if not (self._in_tp_ep_group if is_expert else self._in_tp_group):
                 continue
             pieces = self._pieces(name, parameter, is_expert)
             unit = unit_of(pieces[0][0].tensor, self._parts.spec)
@@ -155,18 +156,20 @@ class _Gathering:
         return self._tensors
 
     def _pieces(self, name: str, parameter: torch.nn.Parameter, is_expert: bool) -> list[list[Piece]]:
-        """Of each rank that takes part; ranks of the ep_group hold other experts under one position."""
-        parts, shape = self._parts, tuple(parameter.shape)
+        """Of each rank that takes part; ranks of the tp_ep_group hold other experts, or parts, in one place."""
+        parts, shape, tp, etp = self._parts, tuple(parameter.shape), self._parts.layout.tp, self._parts.layout.etp
         if not is_expert:
-            tp_size = parts.layout.tp
-            return [megatron_pieces(parts.spec, name, shape, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
+            return [megatron_pieces(parts.spec, name, shape, tp_rank=rank, tp_size=tp) for rank in range(tp)]
         share, mine = len(parts.chunks[0].experts), parts.groups.ep.rank()
-        names = [shift_expert(name, share * (rank - mine)) for rank in range(parts.layout.ep)]
-        return [megatron_pieces(parts.spec, each, shape, tp_rank=0, tp_size=1) for each in names]
+        return [
+            megatron_pieces(parts.spec, each, shape, tp_rank=0, tp_size=1, etp_rank=etp_rank, etp_size=etp)
+            for each in (shift_expert(name, share * (rank - mine)) for rank in range(parts.layout.ep))
+            for etp_rank in range(etp)
+        ]
 
     def _take(self, parameter: torch.nn.Parameter, pieces: list[list[Piece]], is_expert: bool) -> None:
         groups = self._parts.groups
-        group, writer = (groups.ep, self._writer_ep_rank) if is_expert else (groups.tp, 0)
+        group, writer = (groups.tp_ep, self._writer_of_experts) if is_expert else (groups.tp, 0)
         shards = [torch.empty_like(parameter) for _ in pieces] if self.writes else None
         dist.gather(parameter.detach(), shards, group=group, group_dst=writer)
         # A parameter that every rank has whole, such as a norm, is taken once.

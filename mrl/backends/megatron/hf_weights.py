@@ -26,12 +26,15 @@ def load_weights(
     *,
     tp_rank: int,
     tp_size: int,
+    etp_rank: int = 0,
+    etp_size: int = 1,
     backbone_only: bool = False,
 ) -> None:
     """Fill parameters from a Hugging Face folder or a checkpoint of any layout; padded vocabulary rows become zero.
 
     Args:
         parameters: Megatron's names with global layer numbers.
+        etp_rank, etp_size: the rank's place among those that share its experts.
         backbone_only: there need not be an lm_head.
 
     Raises:
@@ -40,11 +43,11 @@ def load_weights(
     shapes = tensor_shapes(spec)
     if backbone_only:
         shapes.pop(LM_HEAD, None)
+    place = {"tp_rank": tp_rank, "tp_size": tp_size, "etp_rank": etp_rank, "etp_size": etp_size}
     with open_weights(path, spec) as weights:
         check_tensors(weights, shapes)
         for name, parameter in parameters:
-            pieces = megatron_pieces(spec, name, tuple(parameter.shape), tp_rank=tp_rank, tp_size=tp_size)
-            _fill(parameter, pieces, weights)
+            _fill(parameter, megatron_pieces(spec, name, tuple(parameter.shape), **place), weights)
 
 
 def read_score_weight(path: str | Path, spec: ModelSpec) -> Tensor:

@@ -124,7 +124,7 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         variable_seq_lengths=layout.pp > 1,
         deallocate_pipeline_outputs=True,

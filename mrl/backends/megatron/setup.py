@@ -132,6 +132,8 @@ def _load(setup: RoleSetup, chunks: Sequence[ModelChunk], groups: ProcessGroupCo
         parameters,
         tp_rank=groups.tp.rank(),
         tp_size=groups.tp.size(),
+        etp_rank=groups.expt_tp.rank(),
+        etp_size=groups.expt_tp.size(),
         backbone_only=setup.kind in ("critic", "reward_model"),
     )
 

@@ -8,9 +8,8 @@ from mrl.config.errors import ConfigError
 from mrl.config.megatron import MegatronConfig
 
 
-def test_experts_are_not_cut() -> None:
-    assert MegatronConfig(expert_tensor_parallel_size=1, expert_model_parallel_size=4).expert_model_parallel_size == 4
-    with pytest.raises(ConfigError, match="expert_tensor_parallel_size = 2 is not supported"):
-        MegatronConfig(expert_tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match="expert_model_parallel_size"):
-        MegatronConfig(expert_model_parallel_size=0)
+@pytest.mark.parametrize("name", ["expert_model_parallel_size", "expert_tensor_parallel_size"])
+def test_experts_are_on_one_rank_at_least(name: str) -> None:
+    assert getattr(MegatronConfig(**{name: 4}), name) == 4
+    with pytest.raises(ConfigError, match=f"{name} = 0 must be at least 1"):
+        MegatronConfig(**{name: 0})

@@ -105,12 +105,22 @@ def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_
     assert result.reference.layout == result.actor.layout
     open_layout = [f"{ACTOR}.megatron.{axis}_model_parallel_size=null" for axis in ("tensor", "pipeline")]
     assert plan(run_dir, *overrides, *open_layout, f"{ACTOR}.ppo_micro_batch_size_per_gpu=4").actor.layout.ep == 4
+    in_parts = plan(
+        run_dir, *overrides, *(f"{ACTOR}.megatron.expert_{key}_parallel_size=2" for key in ("model", "tensor"))
+    )
+    assert str(in_parts.actor.layout) == "TP2 x PP2 x EP2 x ETP2 x DP2 + SP"
+    assert in_parts.reference.layout == in_parts.actor.layout
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([f"{ACTOR}.megatron.expert_model_parallel_size=2"], "actor.megatron: .* qwen2 models have no experts"),
+        ([f"{ACTOR}.megatron.expert_tensor_parallel_size=2"], "actor.megatron: .* qwen2 models have no experts"),
+        (
+            [f"{ACTOR}.megatron.expert_{key}_parallel_size=4" for key in ("model", "tensor")],
+            "actor.megatron: expert_tensor_parallel_size x .* = 16 does not divide the 4 ranks",
+        ),
         ([f"{ACTOR}.megatron.tensor_model_parallel_size=16"], "does not divide world size 8"),
         (["critic.megatron.pipeline_model_parallel_size=4"], "critic.megatron: .*4"),
         (["actor_rollout_ref.rollout.num_engines=5"], "need 10 ranks"),
