@@ -18,9 +18,7 @@ namespace {
 constexpr int64_t kTilesPerThread = 16;
 
 at::Tensor build_tiles(const at::Tensor& descriptors, int64_t tile_bytes, const std::optional<at::Tensor>& sources) {
-  check_table(descriptors, "descriptors", "num_ops", sizeof(cpu::Descriptor) / sizeof(int64_t));
-  TORCH_CHECK(descriptors.device().is_cpu(), "descriptors on ", descriptors.device(),
-              " must be on cpu: tiles are cut there, once, and moved to the device");
+  const Descriptor* ops = operations_of(descriptors);
   TORCH_CHECK(tile_bytes >= kMinTileBytes && tile_bytes <= kMaxTileBytes && tile_bytes % kMinTileBytes == 0,
               "tile_bytes = ", text(tile_bytes), " must be a multiple of ", text(kMinTileBytes), " of at most ",
               text(kMaxTileBytes));
@@ -31,9 +29,6 @@ at::Tensor build_tiles(const at::Tensor& descriptors, int64_t tile_bytes, const 
                 sources->device().str(), " must be contiguous int64 [", text(descriptors.size(0)),
                 "] on cpu: one source for each operation");
   }
-  const auto* ops = reinterpret_cast<const cpu::Descriptor*>(descriptors.const_data_ptr<int64_t>());
-  const std::string error = cpu::find_error(ops, descriptors.size(0));
-  TORCH_CHECK(error.empty(), error);
   const int64_t* source = sources ? sources->const_data_ptr<int64_t>() : nullptr;
   const auto tiles = cpu::build_tiles(ops, descriptors.size(0), source, tile_bytes);
   at::Tensor result = at::empty({static_cast<int64_t>(tiles.size()), kTileFields}, at::kLong);
@@ -79,6 +74,10 @@ at::Tensor checksum(const at::Tensor& tiles, bool of_source) {
   return as_int64(sum);
 }
 
+void copy_engine_copy(const at::Tensor& anchor, const at::Tensor& descriptors) {
+  cpu::copy_operations(copies_of(descriptors), descriptors.size(0));
+}
+
 at::Tensor tensor_from_ptr(int64_t pointer, int64_t num_bytes, at::Device device) {
   TORCH_CHECK(pointer > 0 && num_bytes > 0, "there is no memory of ", text(num_bytes), " bytes at address ",
               text(pointer));
@@ -96,6 +95,7 @@ TORCH_LIBRARY(mrl, library) {
   library.def("batched_strided_copy_(Tensor(a!) anchor, Tensor tiles) -> ()");
   library.def("batched_strided_copy_checksum_(Tensor(a!) anchor, Tensor tiles) -> Tensor");
   library.def("checksum(Tensor tiles, bool of_source) -> Tensor");
+  library.def("copy_engine_copy_(Tensor(a!) anchor, Tensor descriptors) -> ()");
   library.def("tensor_from_ptr(int pointer, int num_bytes, Device device) -> Tensor");
   library.def("ipc_export(Tensor memory) -> (Tensor, int)");
   library.def("ipc_open(Tensor handle, Device device) -> int");
@@ -106,6 +106,7 @@ TORCH_LIBRARY_IMPL(mrl, CPU, library) {
   library.impl("batched_strided_copy_", batched_strided_copy);
   library.impl("batched_strided_copy_checksum_", batched_strided_copy_checksum);
   library.impl("checksum", checksum);
+  library.impl("copy_engine_copy_", copy_engine_copy);
 }
 
 TORCH_LIBRARY_IMPL(mrl, CompositeExplicitAutograd, library) {

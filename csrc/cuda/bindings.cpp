@@ -50,12 +50,19 @@ at::Tensor checksum(const at::Tensor& tiles, bool of_source) {
   return state.narrow(0, 1, 1);
 }
 
+void copy_engine_copy(const at::Tensor& anchor, const at::Tensor& descriptors) {
+  const Descriptor* ops = copies_of(descriptors);
+  const c10::cuda::CUDAGuard guard(anchor.device());
+  C10_CUDA_CHECK(cuda::copy_with_engines(ops, descriptors.size(0), c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mrl, CUDA, library) {
   library.impl("batched_strided_copy_", batched_strided_copy);
   library.impl("batched_strided_copy_checksum_", batched_strided_copy_checksum);
   library.impl("checksum", checksum);
+  library.impl("copy_engine_copy_", copy_engine_copy);
 }
 
 TORCH_LIBRARY_IMPL(mrl, CompositeExplicitAutograd, library) {

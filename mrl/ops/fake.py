@@ -16,6 +16,7 @@ def register() -> None:
     torch.library.register_fake("mrl::batched_strided_copy_", lambda anchor, tiles: None)
     torch.library.register_fake("mrl::batched_strided_copy_checksum_", lambda anchor, tiles: tiles.new_empty([1]))
     torch.library.register_fake("mrl::checksum", lambda tiles, of_source: tiles.new_empty([1]))
+    torch.library.register_fake("mrl::copy_engine_copy_", lambda anchor, descriptors: None)
     torch.library.register_fake("mrl::tensor_from_ptr", _tensor_from_ptr)
     for name in ("ipc_export", "ipc_open", "ipc_close"):
         torch.library.register_fake(f"mrl::{name}", _refuse)

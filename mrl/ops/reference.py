@@ -21,6 +21,7 @@ __all__ = [
     "batched_strided_copy_checksum_",
     "build_tiles",
     "checksum",
+    "copy_engine_copy_",
     "ipc_close",
     "ipc_export",
     "ipc_open",
@@ -95,6 +96,14 @@ def checksum(tiles: Tensor, of_source: bool) -> Tensor:
     return total
 
 
+def copy_engine_copy_(anchor: Tensor, descriptors: Tensor) -> None:
+    """See `mrl.ops.copy_engine.copy_engine_copy_`."""
+    for src, src_pitch, dst, dst_pitch, rows, row_bytes in descriptors.tolist():
+        op = _joined(Tile(src, src_pitch, dst, dst_pitch, rows, row_bytes, 0, 0))
+        op = replace(op, op_and_width=_widest_access(op))
+        _view(op, op.dst, op.dst_pitch, anchor.device).copy_(_view(op, op.src, op.src_pitch, anchor.device))
+
+
 def tensor_from_ptr(pointer: int, num_bytes: int, device: torch.device) -> Tensor:
     """See `mrl.ops.cuda_ipc.tensor_from_ptr`."""
     if torch.device(device).type == "cpu":
@@ -116,9 +125,13 @@ def _joined(op: Tile) -> Tile:
     return op if op.src else replace(op, src_pitch=0)
 
 
-def _cut(op: Tile, tile_bytes: int) -> Iterator[Tile]:
+def _widest_access(op: Tile) -> int:
     pitches = (op.src_pitch, op.dst_pitch) if op.rows > 1 else ()
-    width = math.gcd(WIDEST_ACCESS, op.row_bytes, op.src, op.dst, *pitches)
+    return math.gcd(WIDEST_ACCESS, op.row_bytes, op.src, op.dst, *pitches)
+
+
+def _cut(op: Tile, tile_bytes: int) -> Iterator[Tile]:
+    width = _widest_access(op)
     op = replace(op, op_and_width=op.op_and_width + width)
     limit = min(tile_bytes, width * MAX_ACCESSES_PER_TILE)
     if op.row_bytes <= limit:

@@ -39,6 +39,8 @@ torch.library.opcheck(ops.batched_strided_copy_.default, (token, tiles))
 torch.library.opcheck(ops.batched_strided_copy_checksum_.default, (token, tiles))
 torch.library.opcheck(ops.checksum.default, (tiles, True))
 torch.library.opcheck(ops.build_tiles.default, (plan.descriptors, 256))
+copies = plan.descriptors[plan.descriptors[:, 0] != 0]
+torch.library.opcheck(ops.copy_engine_copy_.default, (token, copies))
 """
 
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "mrl/tile.h"
+#include "mrl/tiles_cpu.h"
 
 namespace mrl {
 
@@ -24,6 +25,26 @@ inline void check_table(const at::Tensor& table, const char* name, const char* r
   TORCH_CHECK(table.dim() == 2 && table.size(1) == fields && table.scalar_type() == at::kLong && table.is_contiguous(),
               name, " ", text(table.sizes()), " ", c10::toString(table.scalar_type()), " with strides ",
               text(table.strides()), " must be contiguous int64 [", rows, ", ", text(fields), "]");
+}
+
+// The operations of a table on the CPU; raises where one is no strided copy or fill.
+inline const Descriptor* operations_of(const at::Tensor& descriptors) {
+  check_table(descriptors, "descriptors", "num_ops", Descriptor::kFields);
+  TORCH_CHECK(descriptors.device().is_cpu(), "descriptors on ", descriptors.device(),
+              " must be on cpu, where they are read");
+  const auto* ops = reinterpret_cast<const Descriptor*>(descriptors.const_data_ptr<int64_t>());
+  const std::string error = cpu::find_error(ops, descriptors.size(0));
+  TORCH_CHECK(error.empty(), error);
+  return ops;
+}
+
+// The same, where none may be a fill.
+inline const Descriptor* copies_of(const at::Tensor& descriptors) {
+  const Descriptor* ops = operations_of(descriptors);
+  for (int64_t i = 0; i < descriptors.size(0); ++i) {
+    TORCH_CHECK(ops[i].src != 0, "operation ", text(i), " is a fill; copy engines only copy, give it to build_tiles");
+  }
+  return ops;
 }
 
 inline void check_tiles(const at::Tensor& anchor, const at::Tensor& tiles) {

@@ -1,4 +1,4 @@
-// A plan cut into tiles: the one record that the builder, the CPU loops and the CUDA kernels share.
+// A plan's operations, and the tiles they are cut into: the records that the builder, the loops and the kernels share.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,17 @@
 #endif
 
 namespace mrl {
+
+// A strided copy, or a fill where `src` is 0. A row of the [num_ops, 6] int64 tensor, in this order.
+struct Descriptor {
+  int64_t src, src_pitch, dst, dst_pitch, rows, row_bytes;
+
+  bool is_one_run() const { return rows == 1 || (src_pitch == row_bytes && dst_pitch == row_bytes); }
+
+  static constexpr int64_t kFields = 6;
+};
+
+static_assert(sizeof(Descriptor) == Descriptor::kFields * sizeof(int64_t), "mrl/ops/tiles.py names the fields");
 
 // `rows` runs of `row_bytes` bytes. A row of the [num_tiles, 8] int64 tensor, in this order.
 struct alignas(16) Tile {

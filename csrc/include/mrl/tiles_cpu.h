@@ -9,17 +9,15 @@
 
 namespace mrl::cpu {
 
-// A row of the [num_ops, 6] int64 tensor.
-struct Descriptor {
-  int64_t src, src_pitch, dst, dst_pitch, rows, row_bytes;
-};
-
 // Cuts operations into tiles of about `tile_bytes` and interleaves those of different sources so that all sources run
 // dry together. `sources` names the source of each operation; null: all the same.
 std::vector<Tile> build_tiles(const Descriptor* ops, int64_t num_ops, const int64_t* sources, int64_t tile_bytes);
 
 // Empty, or what is wrong with the first operation that is not a strided copy or fill.
 std::string find_error(const Descriptor* ops, int64_t num_ops);
+
+// Copies operations that all have a source, one after the other.
+void copy_operations(const Descriptor* ops, int64_t num_ops);
 
 void copy_tiles(const Tile* tiles, int64_t num_tiles);
 

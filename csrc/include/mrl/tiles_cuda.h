@@ -1,4 +1,4 @@
-// CUDA launchers over tiles in device memory; no torch. One source file per function in cuda/.
+// CUDA launchers over tiles in device memory, and copies by the copy engines; no torch. One source file per function in cuda/.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,5 +17,9 @@ cudaError_t copy_tiles(const Tile* tiles, int64_t num_tiles, uint32_t* cursor, u
 // Adds the checksum of the tiles' source or destination bytes to `sum`.
 cudaError_t checksum_tiles(const Tile* tiles, int64_t num_tiles, bool of_source, uint32_t* cursor, uint64_t* sum,
                            cudaStream_t stream);
+
+// Puts one copy for each operation into `stream`, in order; `ops` lies in host memory and all have a source. Copies
+// between devices are done by the copy engines.
+cudaError_t copy_with_engines(const Descriptor* ops, int64_t num_ops, cudaStream_t stream);
 
 }  // namespace mrl::cuda
