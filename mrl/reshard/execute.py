@@ -15,6 +15,8 @@ from mrl.reshard.cuda_copies import CudaCopies, is_compiled
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute_torch import TorchCopies
 from mrl.reshard.layout import SourceRank, targets_of
+from mrl.reshard.peer_reads import PIECE_BYTES
+from mrl.reshard.peer_sums import PeerSums, Pulled
 from mrl.reshard.plan import Plan
 from mrl.reshard.transport import open_buffer
 
@@ -32,15 +34,18 @@ class PullResult:
     seconds: float
     """Copy and verification."""
     verify_seconds: float
+    """Of these, those after the last byte had arrived."""
     checksum: int
     """Of all that arrived, modulo 2^64; equal weights under one plan on one kind of device give equal sums."""
+    sums: PeerSums
+    """What copy engines moved is verified when `check_peer_sums` has compared these with the other engine ranks'."""
 
 
 class Copies(Protocol):
     """A plan's operations bound to memory."""
 
-    def pull(self) -> tuple[int, float, float]:
-        """Copy, fill and verify; returns `PullResult`'s checksum, seconds and verify_seconds when all is done.
+    def pull(self) -> Pulled:
+        """Copy, fill, sum, and verify what needs no other engine rank for it; returns when all is done.
 
         Raises:
             ReshardError: what arrived is not what was sent; names the parameter.
@@ -49,10 +54,14 @@ class Copies(Protocol):
 
 
 def open_sources(plan: Plan, sources: Sequence[SourceRank]) -> dict[BufferKey, Tensor]:
-    """Open the buffers that the plan copies from, sends from or aliases, no others; ReshardError as `open_buffer`."""
+    """Open the buffers that the plan copies, serves or sends from or aliases, no others.
+
+    Raises:
+        ReshardError: as `open_buffer`.
+    """
     by_rank = {source.rank: source for source in sources}
-    sent = chain.from_iterable(transfer.copies for transfer in plan.sends)
-    read = {(op.src_rank, op.src_buffer) for op in chain(plan.copies, sent)}
+    given = chain.from_iterable(transfer.copies for transfer in (*plan.sends, *plan.serves))
+    read = {(op.src_rank, op.src_buffer) for op in chain(plan.host_copies, given)}
     keys = sorted(read | {(alias.src_rank, alias.src_buffer) for alias in plan.aliases})
     return {(rank, index): open_buffer(by_rank[rank].buffers[index]) for rank, index in keys}
 
@@ -84,23 +93,32 @@ def bind_aliases(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mappin
 class Puller:
     """A plan bound to memory: what a copy needs is prepared once, each `pull` only copies.
 
-    On CUDA the whole plan is one launch of the compiled kernel; where that cannot be built, and on CPU, torch copies.
+    On CUDA a launch of the compiled kernel and the copy engines; where that cannot be built, and on CPU, torch copies.
 
     Args:
         buffers: [num_bytes] uint8 of every trainer buffer the plan reads, on the parameters' device; `open_sources`.
         params: the engine rank's live parameters by name.
+        piece_bytes: most bytes of one copy by a copy engine, a multiple of 16.
 
     Raises:
         ValueError: the parameters are not those the plan was made for, or a buffer is missing or too short.
     """
 
-    def __init__(self, plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        buffers: Mapping[BufferKey, Tensor],
+        params: Mapping[str, Tensor],
+        *,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
         _check_same_params(plan, params)
         _check_buffers(plan, buffers)
         names = [target.name for target in plan.targets]
         self._plan = plan
         self._places = [(params[name], params[name].data_ptr()) for name in names]
-        self._copies = _bind(plan, buffers, {name: params[name].detach().view(-1).view(torch.uint8) for name in names})
+        flat = {name: params[name].detach().view(-1).view(torch.uint8) for name in names}
+        self._copies = _bind(plan, buffers, flat, piece_bytes)
 
     @torch.no_grad()
     def pull(self) -> PullResult:
@@ -109,20 +127,22 @@ class Puller:
         The trainer must not write its parameters meanwhile. What arrived is compared with what was sent by checksums:
         a lost, stale or overwritten copy is seen. On CPU these are sums of the words of each copy, taken after it, so
         that a write by the trainer is seen too, but a permutation of words inside one copy is not; on CUDA each word
-        counts with its position, and the sent side is what the copy read.
+        counts with its position, and the sent side is what the copy read. What copy engines moved is only summed: it
+        is verified when the result's `sums` have been compared with those of the other engine ranks.
 
         Raises:
             ReshardError: a parameter's memory moved since this puller was made, and nothing was copied; or a
                 parameter's bytes differ from the source's, and the weights are unusable. Names the parameter.
         """
         self._check_in_place()
-        checksum, seconds, verify_seconds = self._copies.pull()
+        pulled = self._copies.pull()
         return PullResult(
             bytes=self._plan.stats.bytes - self._plan.stats.remote_bytes,
-            ops=len(self._plan.copies) + len(self._plan.fills),
-            seconds=seconds,
-            verify_seconds=verify_seconds,
-            checksum=checksum,
+            ops=len(list(self._plan.host_copies)) + len(self._plan.fills),
+            seconds=pulled.seconds,
+            verify_seconds=pulled.verify_seconds,
+            checksum=pulled.checksum,
+            sums=pulled.sums,
         )
 
     def _check_in_place(self) -> None:
@@ -131,18 +151,20 @@ class Puller:
                 raise ReshardError(f"the engine moved parameter {target.name} since the plan was bound; bind it again")
 
 
-def _bind(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor]) -> Copies:
-    on_gpu = next(iter(params.values())).is_cuda and bool(plan.copies or plan.fills)
+def _bind(plan: Plan, buffers: Mapping[BufferKey, Tensor], params: Mapping[str, Tensor], piece_bytes: int) -> Copies:
+    on_gpu = next(iter(params.values())).is_cuda and bool(plan.copies or plan.fills or plan.reads or plan.serves)
     if on_gpu and is_compiled():
-        return CudaCopies(plan, buffers, params)
+        return CudaCopies(plan, buffers, params, piece_bytes=piece_bytes)
     return TorchCopies(plan, buffers, params)
 
 
 def _check_buffers(plan: Plan, buffers: Mapping[BufferKey, Tensor]) -> None:
-    missing = sorted({(op.src_rank, op.src_buffer) for op in plan.copies} - set(buffers))
+    served = chain.from_iterable(serve.copies for serve in plan.serves)
+    operations = list(chain(plan.host_copies, served))
+    missing = sorted({(op.src_rank, op.src_buffer) for op in operations} - set(buffers))
     if missing:
         raise ValueError(f"buffers {missing} (trainer rank, index) are in the plan but were not opened")
-    for op in plan.copies:
+    for op in operations:
         size = buffers[op.src_rank, op.src_buffer].numel()
         if op.src_offset < 0 or op.src_offset + (op.rows - 1) * op.src_pitch + op.row_bytes > size:
             raise ValueError(f"{op} reads past its buffer of {size} bytes")

@@ -11,21 +11,31 @@ from torch import Tensor
 
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.operations import CopyOp
+from mrl.reshard.peer_sums import PeerSums, Pulled
 from mrl.reshard.plan import Plan
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class TorchCopies:
-    """Implements `mrl.reshard.execute.Copies`. The check sums the words of each operation on both sides."""
+    """Implements `mrl.reshard.execute.Copies`. The check sums the words of each operation on both sides.
+
+    So nothing is left to compare with other engine ranks, and where they read nothing is summed.
+    """
 
     def __init__(self, plan: Plan, buffers: Mapping[tuple[int, int], Tensor], params: Mapping[str, Tensor]) -> None:
-        self._names = [op.dst_param for op in plan.copies]
-        self._pairs = [copy_views(op, buffers[op.src_rank, op.src_buffer], params[op.dst_param]) for op in plan.copies]
+        copies = list(plan.host_copies)
+        self._names = [op.dst_param for op in copies]
+        self._pairs = [copy_views(op, buffers[op.src_rank, op.src_buffer], params[op.dst_param]) for op in copies]
         self._tails = [params[fill.dst_param].narrow(0, fill.dst_offset, fill.num_bytes) for fill in plan.fills]
         self._on_gpu = any(param.is_cuda for param in params.values())
+        self._sums = PeerSums(
+            rank=plan.rank,
+            arrived=dict.fromkeys(read.peer for read in plan.reads),
+            served=dict.fromkeys(serve.peer for serve in plan.serves),
+        )
 
-    def pull(self) -> tuple[int, float, float]:
+    def pull(self) -> Pulled:
         """Copy one operation after the other, then sum both sides; see `mrl.reshard.execute.Copies`."""
         start = time.perf_counter()
         for target, source in self._pairs:
@@ -37,7 +47,7 @@ class TorchCopies:
         verify_start = time.perf_counter()
         checksum = self._verify()
         end = time.perf_counter()
-        return checksum, end - start, end - verify_start
+        return Pulled(checksum=checksum, seconds=end - start, verify_seconds=end - verify_start, sums=self._sums)
 
     def _verify(self) -> int:
         if not self._pairs:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from mrl.reshard.aliases import Alias, find_alias
+from mrl.reshard.aliases import Alias
 from mrl.reshard.coverage import boxes_of, check_exact_cover
 from mrl.reshard.families import VOCABULARY_PARAMS
 from mrl.reshard.layout import Piece, SourceRank, TargetParam
-from mrl.reshard.operations import CopyOp, Fill, coalesce
-from mrl.reshard.overlaps import EngineModel, overlaps
+from mrl.reshard.operations import CopyOp, Fill
+from mrl.reshard.overlaps import EngineModel
+from mrl.reshard.peers import USUAL_SIZES, CopyEngineSizes, PeerChoice, by_peer, plan_serves, take_nearby
 from mrl.reshard.routes import EnginePlaces, LocalChoice, RemoteChoice, crosses_hosts
 from mrl.reshard.sources import SourceIndex
 from mrl.reshard.spec import ModelSpec
@@ -45,6 +46,8 @@ class PlanStats:
     """By the trainer rank whose memory they come from."""
     aliased_bytes: int = 0
     """Of parameters that are the trainer's memory: never moved."""
+    copy_engine_bytes: int = 0
+    """Of those from other devices of the host, what the copy engines bring."""
 
     @property
     def same_host_bytes(self) -> int:
@@ -56,11 +59,17 @@ class PlanStats:
 class Plan:
     """Everything one engine rank does in one reshard."""
 
+    rank: int
+    """This engine rank, numbered over all engines of the job."""
     tp_rank: int
     tp_size: int
     targets: tuple[TargetParam, ...]
     copies: tuple[CopyOp, ...]
-    """From buffers of this host."""
+    """From buffers of this host, by the kernel."""
+    reads: tuple[Transfer, ...]
+    """From buffers on other devices of this host, by the copy engines; a peer is the engine rank on that device."""
+    serves: tuple[Transfer, ...]
+    """What the copy engines of other engine ranks of this host read from this one's device: their `reads` of it."""
     fills: tuple[Fill, ...]
     aliases: tuple[Alias, ...]
     """Parameters that have no memory of their own: they are the trainer's."""
@@ -71,6 +80,11 @@ class Plan:
     stats: PlanStats
     digest: str
     """SHA-256 of the operations: equal inputs give equal plans, in any process."""
+
+    @property
+    def host_copies(self) -> Iterator[CopyOp]:
+        """All from buffers of this host, by the kernel or the copy engines."""
+        return chain(self.copies, *(transfer.copies for transfer in self.reads))
 
 
 def build_plan(
@@ -85,6 +99,7 @@ def build_plan(
     ep_size: int = 1,
     places: EnginePlaces | None = None,
     alias: bool = False,
+    copy_engines: CopyEngineSizes = USUAL_SIZES,
 ) -> Plan:
     """The plan of engine rank `tp_rank` of `tp_size`, which runs on `device` (-1: CPU) of `host`.
 
@@ -94,34 +109,42 @@ def build_plan(
             ranks hold the same model, so theirs have the same names and shapes.
         ep_size: the engine's expert-parallel size, a divisor of `tp_size`.
         places: all engine ranks of the job; None for one engine, all of it on `host`.
-        alias: have parameters be the trainer's memory where that holds the same bytes in the same order.
+        alias: have parameters be the trainer's memory where that holds the same bytes in the same order; as on the
+            job's other engine ranks.
+        copy_engines: what they copy, as on the job's other engine ranks.
 
     Raises:
-        ValueError: a name, shape or dtype does not fit, some byte would be written never or twice, or it lies only on
-            hosts without an engine rank.
+        ValueError: a name, shape or dtype does not fit, some byte would be written never or twice, it lies only on
+            hosts without an engine rank, or the other engine ranks take this one to be on another device.
     """
     _check_inputs(sources, targets)
     places = places or EnginePlaces(hosts=(host,) * tp_size, tp_size=tp_size, rank=tp_rank)
     assert (places.tp_rank, places.tp_size, places.host) == (tp_rank, tp_size, host), places
+    _check_device(places, device)
     model = EngineModel(spec=spec, targets=targets, tp_size=tp_size, ep_size=ep_size)
     index = SourceIndex.build(spec, sources, targets[0].element_size)
     near, far = LocalChoice(places, device, len(sources)), RemoteChoice(places, sources)
-    pulls = _Pulls(model, index, near, far, places, alias=alias)
+    peers = PeerChoice(places, sources, copy_engines)
+    pulls = _Pulls(model, index, near, far, peers, places, alias=alias)
     receives = pulls.remote.transfers()
     crossing = crosses_hosts(index.holdings, places)
     sends = plan_sends(model, index, RemoteChoice(places, sources), places) if crossing else ()
+    reads, serves = by_peer(pulls.reads), plan_serves(model, index, sources, places, copy_engines, alias=alias)
     return Plan(
+        rank=places.rank,
         tp_rank=tp_rank,
         tp_size=tp_size,
         targets=tuple(targets),
         copies=tuple(pulls.copies),
+        reads=reads,
+        serves=serves,
         fills=tuple(pulls.fills),
         aliases=tuple(pulls.aliases),
         receives=receives,
         sends=sends,
         crosses_hosts=crossing,
         stats=_stats(pulls, receives, sends),
-        digest=_digest(targets, pulls.copies, pulls.fills, receives, sends, pulls.aliases),
+        digest=_digest(targets, pulls.copies, pulls.fills, receives, sends, pulls.aliases, reads, serves),
     )
 
 
@@ -134,39 +157,39 @@ class _Pulls:
         index: SourceIndex,
         near: LocalChoice,
         far: RemoteChoice,
+        peers: PeerChoice,
         places: EnginePlaces,
         *,
         alias: bool,
     ) -> None:
-        self._index, self._far, self._rank, self._alias = index, far, places.rank, alias
+        self._model, self._index, self._places, self._alias = model, index, places, alias
+        self._far, self._peers = far, peers
         self.near = near
         self.copies: list[CopyOp] = []
+        self.reads: dict[int, list[CopyOp]] = defaultdict(list)
         self.fills: list[Fill] = []
         self.aliases: list[Alias] = []
         self.remote = TransferList()
         for target in model.targets:
-            self._add(target, model.pieces(target, places.tp_rank))
+            self._add(target)
 
-    def _add(self, target: TargetParam, pieces: Sequence[Piece]) -> None:
-        found = list(overlaps(target, pieces, self._index))
-        alias = find_alias(target, found, self.near) if self._alias else None
-        if alias is not None:
-            check_target(target, [], [], [alias])
-            self.aliases.append(alias)
+    def _add(self, target: TargetParam) -> None:
+        tp_rank = self._places.tp_rank
+        nearby = take_nearby(target, self._model, self._index, self.near, tp_rank, alias=self._alias)
+        if nearby.alias is not None:
+            check_target(target, [], [], [nearby.alias])
+            self.aliases.append(nearby.alias)
             return
-        copies: list[CopyOp] = []
         received: dict[int, list[CopyOp]] = defaultdict(list)
-        for overlap in found:
-            here = self.near.choose(overlap.holding, overlap.num_bytes)
-            if here is not None:
-                copies.append(overlap.copy_from(here[0], here[1].rank))
-                continue
-            chosen = self._far.choose(overlap.holding, self._rank, overlap.num_bytes)
+        for overlap in nearby.elsewhere:
+            chosen = self._far.choose(overlap.holding, self._places.rank, overlap.num_bytes)
             replica = overlap.holding.replicas[chosen.replica]
             received[chosen.sender].append(overlap.copy_from(replica, chosen.source.rank))
-        joined, fills = list(coalesce(copies)), _padding(target, pieces)
-        check_target(target, chain(joined, *received.values()), fills)
-        self.copies += joined
+        fills = _padding(target, self._model.pieces(target, tp_rank))
+        check_target(target, chain(nearby.copies, *received.values()), fills)
+        for op in nearby.copies:
+            witness = self._peers.witness(op)
+            (self.copies if witness is None else self.reads[witness]).append(op)
         self.fills += fills
         self.remote.extend(received)
 
@@ -190,6 +213,14 @@ def _padding(target: TargetParam, pieces: Sequence[Piece]) -> list[Fill]:
     used = max((piece.local_row + piece.rows for piece in pieces), default=0)
     tail = (target.rows - used) * target.row_bytes
     return [Fill(target.name, used * target.row_bytes, tail)] if tail else []
+
+
+def _check_device(places: EnginePlaces, device: int) -> None:
+    if places.device not in (None, device):
+        raise ValueError(
+            f"engine rank {places.rank} runs on device {device:#x} of {places.host}, but the others take it to be on "
+            f"device {places.device:#x}, the one of the trainer rank beside it; give each trainer rank a GPU of its own"
+        )
 
 
 def _check_inputs(sources: Sequence[SourceRank], targets: Sequence[TargetParam]) -> None:
@@ -216,17 +247,19 @@ def _stats(pulls: _Pulls, receives: Sequence[Transfer], sends: Sequence[Transfer
     by_source = Counter(pulls.near.bytes_by_source)
     for op in received:
         by_source[op.src_rank] += op.num_bytes
+    read = [op for copies in pulls.reads.values() for op in copies]
     remote = sum(op.num_bytes for op in received)
     return PlanStats(
-        copies=len(pulls.copies) + len(received),
+        copies=len(pulls.copies) + len(read) + len(received),
         fills=len(pulls.fills),
-        bytes=sum(op.num_bytes for op in pulls.copies) + remote,
+        bytes=sum(op.num_bytes for op in chain(pulls.copies, read)) + remote,
         fill_bytes=sum(fill.num_bytes for fill in pulls.fills),
         local_bytes=pulls.near.device_bytes,
         remote_bytes=remote,
         sent_bytes=sum(transfer.num_bytes for transfer in sends),
         bytes_by_source=dict(sorted(by_source.items())),
         aliased_bytes=sum(alias.num_bytes for alias in pulls.aliases),
+        copy_engine_bytes=sum(op.num_bytes for op in read),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mrl.reshard.layout import SourceRank
 from mrl.reshard.sources import Holding, Replica
@@ -24,10 +24,14 @@ class EnginePlaces:
     """Ranks per engine."""
     rank: int
     """This rank's index into `hosts`."""
+    devices: tuple[int, ...] | None = None
+    """Of every engine rank, under the numbers that `SourceRank.device` uses; None if they are not known."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < len(self.hosts) or len(self.hosts) % self.tp_size:
             raise ValueError(f"engine rank {self.rank} of {len(self.hosts)} in engines of {self.tp_size} ranks")
+        if self.devices is not None and len(self.devices) != len(self.hosts):
+            raise ValueError(f"{len(self.devices)} devices of {len(self.hosts)} engine ranks")
 
     @property
     def tp_rank(self) -> int:
@@ -37,6 +41,23 @@ class EnginePlaces:
     def host(self) -> str:
         """This rank's host."""
         return self.hosts[self.rank]
+
+    @property
+    def device(self) -> int | None:
+        """This rank's device."""
+        return self.device_of(self.rank)
+
+    def device_of(self, rank: int) -> int | None:
+        """That engine rank's device; None if it is not known."""
+        return None if self.devices is None else self.devices[rank]
+
+    def of(self, rank: int) -> EnginePlaces:
+        """The same, seen from another engine rank."""
+        return replace(self, rank=rank)
+
+    def on_host(self) -> list[int]:
+        """The engine ranks of this rank's host, itself among them."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.host]
 
 
 @dataclass(frozen=True, slots=True)

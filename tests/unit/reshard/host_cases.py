@@ -25,6 +25,8 @@ class HostedJob:
     hosts: tuple[str, ...]
     tp_size: int
     ep_size: int = 1
+    devices: tuple[int, ...] | None = None
+    """Of the engine ranks; None: CPU."""
 
     def params(self, rank):
         """What engine rank `rank` should hold."""
@@ -33,9 +35,9 @@ class HostedJob:
         )
 
     def places(self, rank):
-        return EnginePlaces(hosts=self.hosts, tp_size=self.tp_size, rank=rank)
+        return EnginePlaces(hosts=self.hosts, devices=self.devices, tp_size=self.tp_size, rank=rank)
 
-    def plan(self, rank, params=None):
+    def plan(self, rank, params=None, **kwargs):
         places = self.places(rank)
         return build_plan(
             self.spec,
@@ -45,12 +47,12 @@ class HostedJob:
             tp_size=self.tp_size,
             ep_size=self.ep_size,
             host=places.host,
-            device=-1,
             places=places,
+            **{"device": -1 if places.device is None else places.device, **kwargs},
         )
 
-    def plans(self):
-        return [self.plan(rank) for rank in range(len(self.hosts))]
+    def plans(self, **kwargs):
+        return [self.plan(rank, **kwargs) for rank in range(len(self.hosts))]
 
     def memory(self, source_rank):
         """The exported buffer of a trainer rank. [num_bytes] uint8"""
@@ -58,15 +60,19 @@ class HostedJob:
         return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-def host_job(spec, layout, *, ranks_per_host, tp_size, num_engines=None, ep_size=1):
-    """Trainer ranks fill the hosts in order; engines live on the first ranks, as in a training job."""
+def host_job(spec, layout, *, ranks_per_host, tp_size, num_engines=None, ep_size=1, ranks_per_device=None):
+    """Trainer ranks fill the hosts in order; engines live on the first ranks, as in a training job.
+
+    Memory is on the CPU; with `ranks_per_device`, exports and places say it is on devices.
+    """
     state = distinct_state(spec, torch.float32)
     for tensor in state.values():
         # No weight's bits are zero, as those of padding are.
         tensor.view(torch.int32).add_(1)
     trainer = export(spec, state, layout)
     names = [f"host{rank // ranks_per_host}" for rank in range(layout.world_size)]
-    sources = [replace(source, host=names[source.rank]) for source in trainer.sources]
+    on = [-1 if ranks_per_device is None else rank // ranks_per_device for rank in range(layout.world_size)]
+    sources = [replace(source, host=names[source.rank], device=on[source.rank]) for source in trainer.sources]
     engine_ranks = tp_size * (layout.world_size // tp_size if num_engines is None else num_engines)
     return HostedJob(
         spec=spec,
@@ -76,11 +82,12 @@ def host_job(spec, layout, *, ranks_per_host, tp_size, num_engines=None, ep_size
         hosts=tuple(names[:engine_ranks]),
         tp_size=tp_size,
         ep_size=ep_size,
+        devices=None if ranks_per_device is None else tuple(on[:engine_ranks]),
     )
 
 
 @st.composite
-def host_jobs(draw):
+def host_jobs(draw, ranks_per_device=None):
     """Builders of jobs in which every trainer rank has an engine rank beside it, with any number of ranks to a host.
 
     Not the jobs: hypothesis complains about the time that drawing takes on a loaded machine.
@@ -100,4 +107,5 @@ def host_jobs(draw):
         layout,
         ranks_per_host=draw(st.integers(1, layout.world_size)),
         tp_size=draw(st.sampled_from(sizes)),
+        ranks_per_device=None if ranks_per_device is None else draw(ranks_per_device),
     )

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from host_cases import host_job
 from reshard_cases import bitwise_equal, engine_params, make_spec, plan_for, poisoned, state_and_trainer
 
+from mrl import ops
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.execute_torch import TorchCopies
+from mrl.reshard.peer_sums import check_peer_sums
+from mrl.reshard.peers import CopyEngineSizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -83,3 +87,63 @@ def test_torch_copies_on_the_gpu_where_the_kernels_cannot_be_built():
     copies = TorchCopies(plan, buffers, {name: param.view(-1).view(torch.uint8) for name, param in params.items()})
     copies.pull()
     assert differing(params, expected) == []
+
+
+class BesideEachOther:
+    """Engine ranks of one process, each with its trainer rank on a device of its own; or on one that stands for all."""
+
+    def __init__(self, layout, tp_size, num_devices):
+        count = layout.world_size
+        job = host_job(SPEC, layout, ranks_per_host=count, ranks_per_device=1, tp_size=tp_size)
+        self.devices = [torch.device("cuda", rank % num_devices) for rank in range(count)]
+        for own in self.devices:
+            for other in self.devices:
+                # Torch enables the access that kernels need with its first copy.
+                torch.zeros(1, device=own).copy_(torch.zeros(1, device=other))
+        self.plans = job.plans(copy_engines=CopyEngineSizes(num_bytes=1, row_bytes=1))
+        memory = {(rank, 0): job.memory(rank).to(device) for rank, device in enumerate(self.devices)}
+        self.expected = [job.params(rank) for rank in range(count)]
+        self.params, self.pullers = [], []
+        for plan, device, expected in zip(self.plans, self.devices, self.expected, strict=True):
+            self.params.append({name: param.to(device) for name, param in poisoned(expected).items()})
+            with torch.cuda.device(device):
+                self.pullers.append(Puller(plan, memory, self.params[-1], piece_bytes=1024))
+
+    def pull(self):
+        results = []
+        for device, puller in zip(self.devices, self.pullers, strict=True):
+            with torch.cuda.device(device):
+                results.append(puller.pull())
+        return results
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_copy_engines_bring_other_devices_bytes_and_both_ends_sum_the_same(layout, tp_size, num_devices):
+    if torch.cuda.device_count() < num_devices:
+        pytest.skip("needs two CUDA devices")
+    case = BesideEachOther(layout, tp_size, num_devices)
+    assert any(plan.reads for plan in case.plans)
+    first, second = case.pull(), case.pull()
+    for plan, params, expected, result in zip(case.plans, case.params, case.expected, first, strict=True):
+        assert differing(params, expected) == []
+        assert (result.bytes, result.ops) == (plan.stats.bytes, plan.stats.copies + plan.stats.fills)
+        assert 0 <= result.verify_seconds < result.seconds
+        assert result.sums.arrived.keys() == {read.peer for read in plan.reads}
+    assert [each.checksum for each in first] == [each.checksum for each in second]
+    check_peer_sums([each.sums for each in first], whole_job=True)
+
+
+def test_a_byte_that_a_copy_engine_brought_wrong_is_found(monkeypatch):
+    case = BesideEachOther(LAYOUTS[3], 1, 1)
+    copy = ops.copy_engine_copy_
+
+    def copy_and_flip(token, descriptors):
+        copy(token, descriptors)
+        ops.tensor_from_ptr(int(descriptors[0, 2]), 1, token.device).bitwise_xor_(64)
+
+    check_peer_sums([each.sums for each in case.pull()], whole_job=True)
+    monkeypatch.setattr(ops, "copy_engine_copy_", copy_and_flip)
+    with pytest.raises(ReshardError, match="engine rank 0 read weights from the device of engine rank 1"):
+        check_peer_sums([each.sums for each in case.pull()], whole_job=True)
