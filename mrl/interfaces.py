@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mrl.reshard.peer_sums import PeerSums
 from mrl.types import Generation, Metric, MicroBatchLimit, Prompt, Sample, SamplingParams, TrainBatch
 
 ModelOutput = Mapping[str, Tensor]
@@ -117,6 +118,8 @@ class WeightUpdateReport:
     """Of `bytes`, those from other hosts, as counted where they arrived."""
     aliased_bytes: int = 0
     """Beside `bytes`: of parameters that are the trainer's own memory."""
+    peer_sums: Sequence[PeerSums] = ()
+    """Of every engine rank. Where they name ranks of other engines, the weights are whole only if theirs agree."""
 
 
 def update_round(weight_version: int, redo: int) -> str:
@@ -142,6 +145,10 @@ class RolloutEngine(Protocol):
 
         Raises EngineError with every failing rank's own message; the engine stays usable.
         """
+        ...
+
+    def refuse_weights(self, reason: str) -> None:
+        """Generate no more until an update succeeds: the last one, though it did, did not bring the weights whole."""
         ...
 
     def restart(self) -> None:

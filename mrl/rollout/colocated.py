@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport, update_round
 from mrl.parallel.agreement import gather_results
+from mrl.reshard.errors import ReshardError
 from mrl.reshard.layout import SourceRank
+from mrl.reshard.peer_sums import check_peer_sums
 from mrl.reshard.spec import ModelSpec
 from mrl.rollout.control import UpdateControl
 from mrl.rollout.queue import SharedQueue, open_store
@@ -224,7 +226,19 @@ class ColocatedRollout:
                 self._control.renew()
                 raise EngineError(f"rollout engine of rank {failures[0].rank}: {failures[0].reason}")
             else:
-                return [outcome for outcome in outcomes if isinstance(outcome, WeightUpdateReport)]
+                reports = [outcome for outcome in outcomes if isinstance(outcome, WeightUpdateReport)]
+                self._check_arrived(reports)
+                return reports
+
+    def _check_arrived(self, reports: Sequence[WeightUpdateReport]) -> None:
+        """Raise alike on all ranks unless what engines read from each other's devices is what lies there."""
+        try:
+            check_peer_sums([sums for report in reports for sums in report.peer_sums], whole_job=True)
+        except ReshardError as error:
+            if self._engine is not None:
+                self._engine.refuse_weights(f"the last weight update failed; repeat it: {error}")
+            self._control.renew()
+            raise EngineError(str(error)) from error
 
     def _update(self, engine: StreamingEngine, version: int, redo: int) -> WeightUpdateReport | _Death | _Refusal:
         try:

@@ -17,8 +17,8 @@ class UpdateControl:
 
     Args:
         sources: every trainer rank's export, in rank order.
-        engine_sizes: ranks of every engine by its leader's rank, in rank order; an engine rank runs on the host of the
-            trainer rank that it shares a device with.
+        engine_sizes: ranks of every engine by its leader's rank, in rank order; an engine rank runs on the host and
+            the device of the trainer rank beside it.
         rank: this trainer rank's.
         timeout_s: longest exchange of weights between hosts.
     """
@@ -32,7 +32,8 @@ class UpdateControl:
         rank: int,
         timeout_s: float,
     ) -> None:
-        hosts = [sources[leader + i].host for leader, size in engine_sizes.items() for i in range(size)]
+        beside = [sources[leader + i] for leader, size in engine_sizes.items() for i in range(size)]
+        hosts = [source.host for source in beside]
         self._store = job_store() if len(set(hosts)) > 1 else None
         self._name = broadcast_result(lambda: f"weights/{uuid.uuid4().hex}")
         self._renewals = -1
@@ -40,7 +41,7 @@ class UpdateControl:
         self._message: dict[str, Any] = {}
         if rank in engine_sizes:
             first = sum(size for leader, size in engine_sizes.items() if leader < rank)
-            engines = {"hosts": hosts, "first_rank": first}
+            engines = {"hosts": hosts, "devices": [source.device for source in beside], "first_rank": first}
             self._message = {"spec": spec.to_json(), "sources": sources_to_json(sources), "engines": engines}
         self.renew()
 

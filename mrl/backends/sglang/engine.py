@@ -31,6 +31,7 @@ from mrl.backends.sglang.arguments import (
 )
 from mrl.backends.sglang.parts import EnginePart
 from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
+from mrl.backends.sglang.status import check_own_pairs, report_of
 from mrl.backends.sglang.supervisor import EngineSupervisor
 from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport, update_round
 from mrl.types import Generation, SamplingParams
@@ -211,19 +212,15 @@ class SGLangEngine:
             message |= control
         state.delivered, state.invalid = None, "the last weight update failed; repeat it"
         statuses = self._control(message | {"layout": state.layout}, weight_version)
+        check_own_pairs(statuses)
         state.delivered, state.invalid, state.version = control, None, weight_version
         state.graphs_wait = any(status["graphs_wait"] for status in statuses)
         self._capture_graphs()
-        return WeightUpdateReport(
-            weight_version=weight_version,
-            bytes=sum(status["bytes"] for status in statuses),
-            local_bytes=sum(status["local_bytes"] for status in statuses),
-            remote_bytes=sum(status["remote_bytes"] for status in statuses),
-            aliased_bytes=sum(status["aliased_bytes"] for status in statuses),
-            ops=sum(status["ops"] for status in statuses),
-            pull_s=max(status["seconds"] for status in statuses),
-            call_s=time.perf_counter() - begin,
-        )
+        return report_of(statuses, weight_version=weight_version, call_s=time.perf_counter() - begin)
+
+    def refuse_weights(self, reason: str) -> None:
+        """Generate no more until an update succeeds, which plans anew."""
+        self._weights.delivered, self._weights.invalid = None, reason
 
     def poison_weights(self) -> None:
         """Fill the engine's own parameters with NaN, so that a test sees what an update missed."""

@@ -15,6 +15,7 @@ from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport
 from mrl.launch.fork import RankFailure, run_ranks
 from mrl.launch.rendezvous import init_process_group
 from mrl.reshard.layout import SourceRank
+from mrl.reshard.peer_sums import PeerSums
 from mrl.reshard.spec import ModelSpec
 from mrl.rollout.colocated import ColocatedRollout
 from mrl.types import Generation, Prompt, SamplingParams
@@ -55,6 +56,8 @@ class Reversing:
     controls: list = field(default_factory=list)
     answered: int = 0
     widest: int = 0
+    peer_sums: tuple = ()
+    refused: str = ""
 
     def generate(self, prompts, params):
         self._check("generate")
@@ -75,7 +78,13 @@ class Reversing:
         self._check("update")
         self.controls.append(control)
         self.version = weight_version
-        return WeightUpdateReport(weight_version=weight_version, bytes=1000, ops=3, pull_s=0.5, call_s=0.75)
+        self.refused = ""
+        return WeightUpdateReport(
+            weight_version=weight_version, bytes=1000, ops=3, pull_s=0.5, call_s=0.75, peer_sums=self.peer_sums
+        )
+
+    def refuse_weights(self, reason):
+        self.refused = reason
 
     def release_memory(self, tags):
         self._check("release")
@@ -87,6 +96,8 @@ class Reversing:
         self.version = -99
 
     def _check(self, what):
+        if what == "generate" and self.refused:
+            raise EngineError(f"engine cannot generate: {self.refused}")
         if self.fails_on == what:
             raise EngineError(f"no {what} today")
 
@@ -211,6 +222,32 @@ def test_generation_goes_on_after_a_failed_update():
         return rollout.update_weights()["rollout/weight_version"], len(rollout.generate(PROMPTS, PARAMS))
 
     assert run(2, scenario) == [(0.0, len(PROMPTS))] * 2
+
+
+@pytest.mark.parametrize("served", [{0: 6}, {}])
+def test_weights_that_did_not_arrive_whole_are_refused_alike_on_every_rank(served):
+    def scenario(rank):
+        reader = Reversing(peer_sums=(PeerSums(rank=0, arrived={1: 7}, served={}),))
+        owner = Reversing(peer_sums=(PeerSums(rank=1, arrived={}, served=served),))
+        engine = {0: reader, 2: owner}.get(rank)
+        rollout = front(rank, {0: reader, 2: owner})
+        errors = []
+        for action in (rollout.update_weights, lambda: rollout.generate(PROMPTS, PARAMS)):
+            with pytest.raises(EngineError) as caught:
+                action()
+            errors.append(str(caught.value))
+        refused = rollout.weight_version
+        owner.peer_sums = (PeerSums(rank=1, arrived={}, served={0: 7}),)
+        rollout.update_weights()
+        renewals = [control["engines"]["renewals"] for control in engine.controls] if engine else [0, 1]
+        return errors, refused, renewals, rollout.weight_version, len(rollout.generate(PROMPTS, PARAMS))
+
+    outcomes = run(3, scenario)
+    assert outcomes == [outcomes[0]] * 3
+    (update, generate), *rest = outcomes[0]
+    assert update.startswith("engine rank 0 read weights from the device of engine rank 1: the checksum")
+    assert "engine cannot generate: the last weight update failed; repeat it: engine rank 0 read" in generate
+    assert rest == [-1, [0, 1], 0, len(PROMPTS)]
 
 
 def test_metrics_add_up_over_engines_and_the_control_message_is_one_object():

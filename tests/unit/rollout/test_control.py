@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 from reshard_cases import make_spec
 
@@ -14,13 +15,14 @@ from mrl.rollout.queue import job_store
 SPEC = make_spec()
 
 
-def source(rank, host):
-    return SourceRank(rank=rank, tp_rank=0, tp_size=1, host=host, device=-1, dtype="float32", buffers=(), params=())
+def source(rank, host, device=-1):
+    return SourceRank(rank=rank, tp_rank=0, tp_size=1, host=host, device=device, dtype="float32", buffers=(), params=())
 
 
-def controls(scenario, hosts, engine_sizes):
+def controls(scenario, hosts, engine_sizes, devices=None):
     """What `scenario(control)` returns on a rank for each of the hosts."""
-    sources = [source(rank, host) for rank, host in enumerate(hosts)]
+    devices = devices or [-1] * len(hosts)
+    sources = [source(rank, host, device) for rank, (host, device) in enumerate(zip(hosts, devices, strict=True))]
 
     def rank_main(env):
         init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
@@ -40,6 +42,21 @@ def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
         assert engines["meeting"]["timeout_s"] == 9.0
         assert sources_from_json(messages[rank]["sources"]) == sources
     assert messages[0]["engines"]["meeting"] == messages[2]["engines"]["meeting"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "engine_sizes", "expected"),
+    [
+        ([16, 32, 16, 32], {0: 4}, [16, 32, 16, 32]),
+        ([16, 32, 16, 32], {0: 2}, [16, 32]),
+        ([16, 32, 48, 64], {0: 1, 2: 2}, [16, 48, 64]),
+        # Two trainer ranks on each GPU, with an engine beside the first of them.
+        ([16, 16, 32, 32], {0: 1, 2: 1}, [16, 32]),
+    ],
+)
+def test_engines_are_told_the_devices_of_all_their_ranks(devices, engine_sizes, expected):
+    _, messages = controls(lambda control: control.message, ["a", "a", "b", "b"], engine_sizes, devices)
+    assert all(messages[leader]["engines"]["devices"] == expected for leader in engine_sizes)
 
 
 def test_engines_of_one_host_meet_nowhere():
