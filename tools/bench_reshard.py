@@ -6,7 +6,8 @@
 
 Every GPU has one trainer process and one engine process, with a 7B-shaped model in the layouts of Megatron and SGLang
 and no other part of them; --engine measures the whole update of a real SGLang engine on one GPU instead. Each layout
-pair is checked bit by bit on a small model before it is timed.
+pair is checked bit by bit on a small model before it is timed, with the copy engines in every copy between devices and
+without them; a bit that is flipped behind them must be found. --no-copy-engines times the pull without them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import multiprocessing
 import socket
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,10 +30,19 @@ from gpu_workers import Worker, run_all
 from plan_shapes import qwen2_7b, qwen3_moe_30b
 
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.errors import ReshardError
+from mrl.reshard.peer_reads import PIECE_BYTES
+from mrl.reshard.peer_sums import check_peer_sums
+from mrl.reshard.peers import USUAL_SIZES, CopyEngineSizes
 from mrl.reshard.plan import PlanStats
+from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import ModelSpec
 
 _BLOCK_BYTES = 8 << 30
+_EVERY_COPY = CopyEngineSizes(num_bytes=1, row_bytes=1)
+_NO_COPY = CopyEngineSizes(num_bytes=1 << 62)
+_SMALL_PIECE_BYTES = 4096
+"""Cuts the copies of the small model, too."""
 _PEER_WAYS = {"per_tensor_ipc_ms": False, "flattened_buckets_ms": True}
 """Metric, and whether tensors are flattened into buckets."""
 
@@ -121,28 +132,59 @@ def measure_rates(run: Machine, repeats: int) -> tuple[Rates, list[Row]]:
 
 def check(run: Machine, spec: ModelSpec, pair: Pair, *, with_peers: bool) -> None:
     """Raise unless a pull, and the ways it is compared with, bring every byte on a small model."""
-    _set_up(run, spec, pair, known_values=True)
-    ways: list[tuple[str, bool | None]] = [("pull", None), *(_PEER_WAYS.items() if with_peers else ())]
-    for name, flat in ways:
+    for name, sizes in (("pull without copy engines", _NO_COPY), ("pull with copy engines", _EVERY_COPY)):
+        stats = _set_up(run, spec, pair, known_values=True, copy_engines=sizes, piece_bytes=_SMALL_PIECE_BYTES)
         run_all(run.engines, reshard_sides.poison)
-        if flat is None:
-            run_all(run.engines, reshard_sides.time_pulls, [{"repeats": 0}] * len(run.engines))
-        else:
-            _load_gathered(run, flat)
-        wrong = [param for found in run_all(run.engines, reshard_sides.differing) for param in found]
-        if wrong:
-            raise RuntimeError(f"{pair}, {name}: {len(wrong)} parameters differ, first {wrong[0]}")
+        _pull_rounds(run, 1)
+        _check_equal(run, f"{pair}, {name}")
+        if any(each.copy_engine_bytes for each in stats):
+            _check_flipped_bit(run, pair)
+    for name, flat in _PEER_WAYS.items() if with_peers else ():
+        run_all(run.engines, reshard_sides.poison)
+        _load_gathered(run, flat)
+        _check_equal(run, f"{pair}, {name}")
     run.release()
 
 
+def _check_equal(run: Machine, what: str) -> None:
+    wrong = [param for found in run_all(run.engines, reshard_sides.differing) for param in found]
+    if wrong:
+        raise RuntimeError(f"{what}: {len(wrong)} parameters differ, first {wrong[0]}")
+
+
+def _check_flipped_bit(run: Machine, pair: Pair) -> None:
+    try:
+        check_peer_sums(run_all(run.engines, reshard_sides.pull_with_a_flipped_bit), whole_job=True)
+    except ReshardError:
+        return
+    raise RuntimeError(f"{pair}: a bit that was flipped after a copy engine had written it was not found")
+
+
+def _pull_rounds(run: Machine, repeats: int) -> list[tuple[float, float]]:
+    """(copy, whole pull with all sums and their comparison) in ms, of the slowest engine rank in each round."""
+    times = run_all(run.engines, reshard_sides.time_pulls, [{"repeats": repeats}] * len(run.engines))
+    rounds = []
+    for ranks in zip(*times, strict=True):
+        begin = time.perf_counter()
+        check_peer_sums([each.sums for each in ranks], whole_job=True)
+        compare_ms = (time.perf_counter() - begin) * 1e3
+        rounds.append((max(each.copy_ms for each in ranks), max(each.pull_ms for each in ranks) + compare_ms))
+    return rounds
+
+
 def measure(
-    run: Machine, spec: ModelSpec, pair: Pair, rates: Rates, *, repeats: int, with_peers: bool
+    run: Machine,
+    spec: ModelSpec,
+    pair: Pair,
+    rates: Rates,
+    *,
+    repeats: int,
+    with_peers: bool,
+    copy_engines: CopyEngineSizes,
 ) -> Iterator[Row]:
     """Copy, whole pull and, if wanted, the ways it is compared with; of the slowest engine rank."""
-    stats = _set_up(run, spec, pair, known_values=False)
-    times = run_all(run.engines, reshard_sides.time_pulls, [{"repeats": repeats}] * len(stats))
-    slowest = [[max(values) for values in zip(*ranks, strict=True)] for ranks in zip(*times, strict=True)]
-    copy, pull = (statistics.median(round_[at] for round_ in slowest) for at in (0, 1))
+    stats = _set_up(run, spec, pair, known_values=False, copy_engines=copy_engines, piece_bytes=PIECE_BYTES)
+    copy, pull = (statistics.median(each) for each in zip(*_pull_rounds(run, repeats), strict=True))
     peers = {}
     if with_peers:
         for name, flat in _PEER_WAYS.items():
@@ -158,18 +200,36 @@ def measure(
     for metric, number in (
         ("local", max(each.local_bytes for each in stats)),
         ("remote", max(each.bytes - each.local_bytes for each in stats)),
+        ("copy_engines", max(each.copy_engine_bytes for each in stats)),
     ):
         yield Row(case=case, metric=f"{metric}_per_rank", value=number / 1e9, unit="GB")
 
 
-def _set_up(run: Machine, spec: ModelSpec, pair: Pair, *, known_values: bool) -> list[PlanStats]:
+def _set_up(
+    run: Machine,
+    spec: ModelSpec,
+    pair: Pair,
+    *,
+    known_values: bool,
+    copy_engines: CopyEngineSizes,
+    piece_bytes: int,
+) -> list[PlanStats]:
+    run.release()
     shared = {"spec": spec, "layout": pair.train, "known_values": known_values}
     trainers = run.trainers[: pair.train.world_size]
     sources = run_all(trainers, reshard_sides.hold, [{**shared, "rank": rank} for rank in range(len(trainers))])
-    tp = pair.rollout_tp
-    common = {"spec": spec, "sources": sources, "tp_size": tp, "ep_size": pair.rollout_ep}
-    wanted = [{**common, "tp_rank": gpu % tp} for gpu in range(len(run.engines))]
-    return run_all(run.engines, reshard_sides.bind, wanted)
+    beside = sources[: len(run.engines)]
+    places = EnginePlaces(
+        hosts=tuple(source.host for source in beside),
+        devices=tuple(source.device for source in beside),
+        tp_size=pair.rollout_tp,
+        rank=0,
+    )
+    common = {"spec": spec, "sources": sources, "ep_size": pair.rollout_ep}
+    common |= {"copy_engines": copy_engines, "piece_bytes": piece_bytes}
+    return run_all(
+        run.engines, reshard_sides.bind, [{**common, "places": places.of(gpu)} for gpu in range(len(beside))]
+    )
 
 
 def _load_gathered(run: Machine, flat: bool) -> float:
@@ -238,7 +298,21 @@ def _run_pairs(arguments: argparse.Namespace, dense: ModelSpec) -> Iterator[Row]
             # The other ways' gathers are written for dense models, with one trainer rank on each GPU.
             with_peers = num_gpus > 1 and pair.train.world_size == num_gpus and not pair.has_experts
             check(run, small_like(spec), pair, with_peers=with_peers)
-            yield from measure(run, spec, pair, rates, repeats=arguments.repeats, with_peers=with_peers)
+            yield from measure(
+                run,
+                spec,
+                pair,
+                rates,
+                repeats=arguments.repeats,
+                with_peers=with_peers and not arguments.only_pull,
+                copy_engines=_copy_engine_sizes(arguments),
+            )
+
+
+def _copy_engine_sizes(arguments: argparse.Namespace) -> CopyEngineSizes:
+    if arguments.no_copy_engines:
+        return _NO_COPY
+    return CopyEngineSizes(num_bytes=arguments.copy_engine_bytes, row_bytes=arguments.copy_engine_row_bytes)
 
 
 def main() -> None:
@@ -248,6 +322,10 @@ def main() -> None:
     parser.add_argument("--rollout", default="", help="engine layout of a single pair: tp=2 or tp=2,ep=2")
     parser.add_argument("--engine", action="store_true", help="also time the whole update of a real SGLang engine")
     parser.add_argument("--layers", type=int, default=28, help="28 is the whole dense model, 15.2 GB")
+    parser.add_argument("--no-copy-engines", action="store_true", help="have the kernel copy other devices' bytes, too")
+    parser.add_argument("--copy-engine-bytes", type=int, default=USUAL_SIZES.num_bytes, help="fewest of their copies")
+    parser.add_argument("--copy-engine-row-bytes", type=int, default=USUAL_SIZES.row_bytes, help="shortest rows apart")
+    parser.add_argument("--only-pull", action="store_true", help="do not time the ways that it is compared with")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     spec = qwen2_7b(arguments.layers)

@@ -18,8 +18,11 @@ from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.families import tensor_shapes
 from mrl.reshard.layout import SourceBuffer, SourceRank, targets_of
+from mrl.reshard.peer_sums import PeerSums
+from mrl.reshard.peers import CopyEngineSizes
 from mrl.reshard.plan import PlanStats, build_plan
 from mrl.reshard.reference import StateDict, sglang_shard
+from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import ModelSpec
 from mrl.reshard.synthetic import distinct_state, in_one_buffer, trainer_shard
 from mrl.reshard.transport import close_buffers, device_number, export_source, export_storage, open_buffer
@@ -51,6 +54,18 @@ class EngineSide:
     ep_size: int
     params: dict[str, Tensor]
     puller: Puller
+
+
+@dataclass(kw_only=True, frozen=True)
+class PullTimes:
+    """One pull of an engine rank."""
+
+    copy_ms: float
+    """Until the last byte was there."""
+    pull_ms: float
+    """The whole call, with all sums that this rank takes."""
+    sums: PeerSums
+    """To be compared with the other ranks'."""
 
 
 def meta_state(spec: ModelSpec) -> dict[str, Tensor]:
@@ -92,10 +107,17 @@ def hold(state: State, *, spec: ModelSpec, layout: ParallelLayout, rank: int, kn
 
 
 def bind(
-    state: State, *, spec: ModelSpec, sources: list[SourceRank], tp_rank: int, tp_size: int, ep_size: int
+    state: State,
+    *,
+    spec: ModelSpec,
+    sources: list[SourceRank],
+    places: EnginePlaces,
+    ep_size: int,
+    copy_engines: CopyEngineSizes,
+    piece_bytes: int,
 ) -> PlanStats:
     """Allocate an engine rank's parameters and make the puller that fills them from `sources`."""
-    place = {"tp_rank": tp_rank, "tp_size": tp_size, "ep_size": ep_size}
+    place = {"tp_rank": places.tp_rank, "tp_size": places.tp_size, "ep_size": ep_size}
     shapes = engine_shard(spec, meta_state(spec), **place)
     params = {name: torch.empty(tensor.shape, dtype=_DTYPE, device="cuda") for name, tensor in shapes.items()}
     plan = build_plan(
@@ -104,9 +126,11 @@ def bind(
         targets_of(params.items()),
         host=HOST,
         device=device_number(torch.device("cuda", torch.cuda.current_device())),
+        places=places,
+        copy_engines=copy_engines,
         **place,
     )
-    puller = Puller(plan, open_sources(plan, sources), params)
+    puller = Puller(plan, open_sources(plan, sources), params, piece_bytes=piece_bytes)
     state["engine"] = EngineSide(spec=spec, params=params, puller=puller, **place)
     return plan.stats
 
@@ -130,15 +154,31 @@ def differing(state: State) -> list[str]:
     ]
 
 
-def time_pulls(state: State, *, repeats: int) -> list[tuple[float, float]]:
-    """(copy, whole pull with verification) in ms, all engine ranks starting together; two more rounds to warm up."""
+def time_pulls(state: State, *, repeats: int) -> list[PullTimes]:
+    """Pulls with all engine ranks starting together; two more rounds to warm up."""
     times = []
     for _ in range(repeats + 2):
         state["barrier"].wait(_BARRIER_S)
         begin = time.perf_counter()
         result = state["engine"].puller.pull()
-        times.append(((result.seconds - result.verify_seconds) * 1e3, (time.perf_counter() - begin) * 1e3))
+        pull_ms, copy_s = (time.perf_counter() - begin) * 1e3, result.seconds - result.verify_seconds
+        times.append(PullTimes(copy_ms=copy_s * 1e3, pull_ms=pull_ms, sums=result.sums))
     return times[2:]
+
+
+def pull_with_a_flipped_bit(state: State) -> PeerSums:
+    """The sums of a pull in which one bit changes behind every call of the copy engines."""
+    copy = ops.copy_engine_copy_
+
+    def copy_and_flip(anchor: Tensor, descriptors: Tensor) -> None:
+        copy(anchor, descriptors)
+        ops.tensor_from_ptr(int(descriptors[0, 2]), 1, anchor.device).bitwise_xor_(1)
+
+    ops.copy_engine_copy_ = copy_and_flip
+    try:
+        return state["engine"].puller.pull().sums
+    finally:
+        ops.copy_engine_copy_ = copy
 
 
 def release(state: State) -> None:

@@ -101,13 +101,13 @@ class BesideEachOther:
                 # Torch enables the access that kernels need with its first copy.
                 torch.zeros(1, device=own).copy_(torch.zeros(1, device=other))
         self.plans = job.plans(copy_engines=CopyEngineSizes(num_bytes=1, row_bytes=1))
-        memory = {(rank, 0): job.memory(rank).to(device) for rank, device in enumerate(self.devices)}
+        self.memory = {(rank, 0): job.memory(rank).to(device) for rank, device in enumerate(self.devices)}
         self.expected = [job.params(rank) for rank in range(count)]
         self.params, self.pullers = [], []
         for plan, device, expected in zip(self.plans, self.devices, self.expected, strict=True):
             self.params.append({name: param.to(device) for name, param in poisoned(expected).items()})
             with torch.cuda.device(device):
-                self.pullers.append(Puller(plan, memory, self.params[-1], piece_bytes=1024))
+                self.pullers.append(Puller(plan, self.memory, self.params[-1], piece_bytes=1024))
 
     def pull(self):
         results = []
