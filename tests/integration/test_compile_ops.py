@@ -25,6 +25,14 @@ def test_kernels_compile_for_sm_90_without_spills(kernel, tmp_path):
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA's headers come with nvcc")
+def test_the_loop_over_the_copy_engines_compiles(tmp_path):
+    command = ["nvcc", "-std=c++20", "-O3", "-c", "-I", "csrc/include", "csrc/cuda/copy_engine.cpp"]
+    command += ["-o", str(tmp_path / "copy_engine.o")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 OPCHECK = """
 import sys; sys.path.insert(0, "tests/unit/ops")
 import torch
