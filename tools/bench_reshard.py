@@ -33,14 +33,14 @@ from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.peer_reads import PIECE_BYTES
 from mrl.reshard.peer_sums import check_peer_sums
-from mrl.reshard.peers import USUAL_SIZES, CopyEngineSizes
+from mrl.reshard.peers import COPY_ENGINE_BYTES
 from mrl.reshard.plan import PlanStats
 from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import ModelSpec
 
 _BLOCK_BYTES = 8 << 30
-_EVERY_COPY = CopyEngineSizes(num_bytes=1, row_bytes=1)
-_NO_COPY = CopyEngineSizes(num_bytes=1 << 62)
+_EVERY_COPY = 1
+_NO_COPY = 1 << 62
 _SMALL_PIECE_BYTES = 4096
 """Cuts the copies of the small model, too."""
 _PEER_WAYS = {"per_tensor_ipc_ms": False, "flattened_buckets_ms": True}
@@ -132,8 +132,8 @@ def measure_rates(run: Machine, repeats: int) -> tuple[Rates, list[Row]]:
 
 def check(run: Machine, spec: ModelSpec, pair: Pair, *, with_peers: bool) -> None:
     """Raise unless a pull, and the ways it is compared with, bring every byte on a small model."""
-    for name, sizes in (("pull without copy engines", _NO_COPY), ("pull with copy engines", _EVERY_COPY)):
-        stats = _set_up(run, spec, pair, known_values=True, copy_engines=sizes, piece_bytes=_SMALL_PIECE_BYTES)
+    for name, least in (("pull without copy engines", _NO_COPY), ("pull with copy engines", _EVERY_COPY)):
+        stats = _set_up(run, spec, pair, known_values=True, copy_engine_bytes=least, piece_bytes=_SMALL_PIECE_BYTES)
         run_all(run.engines, reshard_sides.poison)
         _pull_rounds(run, 1)
         _check_equal(run, f"{pair}, {name}")
@@ -180,10 +180,10 @@ def measure(
     *,
     repeats: int,
     with_peers: bool,
-    copy_engines: CopyEngineSizes,
+    copy_engine_bytes: int,
 ) -> Iterator[Row]:
     """Copy, whole pull and, if wanted, the ways it is compared with; of the slowest engine rank."""
-    stats = _set_up(run, spec, pair, known_values=False, copy_engines=copy_engines, piece_bytes=PIECE_BYTES)
+    stats = _set_up(run, spec, pair, known_values=False, copy_engine_bytes=copy_engine_bytes, piece_bytes=PIECE_BYTES)
     copy, pull = (statistics.median(each) for each in zip(*_pull_rounds(run, repeats), strict=True))
     peers = {}
     if with_peers:
@@ -211,7 +211,7 @@ def _set_up(
     pair: Pair,
     *,
     known_values: bool,
-    copy_engines: CopyEngineSizes,
+    copy_engine_bytes: int,
     piece_bytes: int,
 ) -> list[PlanStats]:
     run.release()
@@ -226,7 +226,7 @@ def _set_up(
         rank=0,
     )
     common = {"spec": spec, "sources": sources, "ep_size": pair.rollout_ep}
-    common |= {"copy_engines": copy_engines, "piece_bytes": piece_bytes}
+    common |= {"copy_engine_bytes": copy_engine_bytes, "piece_bytes": piece_bytes}
     return run_all(
         run.engines, reshard_sides.bind, [{**common, "places": places.of(gpu)} for gpu in range(len(beside))]
     )
@@ -305,14 +305,8 @@ def _run_pairs(arguments: argparse.Namespace, dense: ModelSpec) -> Iterator[Row]
                 rates,
                 repeats=arguments.repeats,
                 with_peers=with_peers and not arguments.only_pull,
-                copy_engines=_copy_engine_sizes(arguments),
+                copy_engine_bytes=_NO_COPY if arguments.no_copy_engines else arguments.copy_engine_bytes,
             )
-
-
-def _copy_engine_sizes(arguments: argparse.Namespace) -> CopyEngineSizes:
-    if arguments.no_copy_engines:
-        return _NO_COPY
-    return CopyEngineSizes(num_bytes=arguments.copy_engine_bytes, row_bytes=arguments.copy_engine_row_bytes)
 
 
 def main() -> None:
@@ -323,8 +317,7 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true", help="also time the whole update of a real SGLang engine")
     parser.add_argument("--layers", type=int, default=28, help="28 is the whole dense model, 15.2 GB")
     parser.add_argument("--no-copy-engines", action="store_true", help="have the kernel copy other devices' bytes, too")
-    parser.add_argument("--copy-engine-bytes", type=int, default=USUAL_SIZES.num_bytes, help="fewest of their copies")
-    parser.add_argument("--copy-engine-row-bytes", type=int, default=USUAL_SIZES.row_bytes, help="shortest rows apart")
+    parser.add_argument("--copy-engine-bytes", type=int, default=COPY_ENGINE_BYTES, help="fewest of their copies")
     parser.add_argument("--only-pull", action="store_true", help="do not time the ways that it is compared with")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()

@@ -19,7 +19,6 @@ from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.families import tensor_shapes
 from mrl.reshard.layout import SourceBuffer, SourceRank, targets_of
 from mrl.reshard.peer_sums import PeerSums
-from mrl.reshard.peers import CopyEngineSizes
 from mrl.reshard.plan import PlanStats, build_plan
 from mrl.reshard.reference import StateDict, sglang_shard
 from mrl.reshard.routes import EnginePlaces
@@ -113,7 +112,7 @@ def bind(
     sources: list[SourceRank],
     places: EnginePlaces,
     ep_size: int,
-    copy_engines: CopyEngineSizes,
+    copy_engine_bytes: int,
     piece_bytes: int,
 ) -> PlanStats:
     """Allocate an engine rank's parameters and make the puller that fills them from `sources`."""
@@ -127,7 +126,7 @@ def bind(
         host=HOST,
         device=device_number(torch.device("cuda", torch.cuda.current_device())),
         places=places,
-        copy_engines=copy_engines,
+        copy_engine_bytes=copy_engine_bytes,
         **place,
     )
     puller = Puller(plan, open_sources(plan, sources), params, piece_bytes=piece_bytes)

@@ -81,6 +81,9 @@ class RolloutConfig(Section):
     alias_weights: bool = False
     """Have the engines use the actor's own memory for weights that lie there as the engine needs them, instead of a
     copy. CUDA graphs are then captured in the first step."""
+    copy_engines: bool = False
+    """Have the GPUs' copy engines bring large weights that lie on other GPUs of the host, instead of the kernel that
+    copies the rest. Not yet run on GPUs."""
     max_engine_restarts: int = 3
     """Most times that engines which died, or missed `trainer.engine_call_timeout_s`, are restarted in a run; their
     unfinished prompts are generated again. 0 ends the run instead."""

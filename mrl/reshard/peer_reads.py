@@ -18,8 +18,8 @@ from mrl import ops
 from mrl.reshard.descriptors import Descriptor, cut, describe_copies, describe_served, table
 from mrl.reshard.transfers import Transfer
 
-PIECE_BYTES = 32 << 20
-"""A copy is cut into pieces of this size: 80 us of a link, so that several devices can be read in turns."""
+PIECE_BYTES = 128 << 20
+"""A copy is cut into pieces of this size: 0.3 ms of a link, so that several devices can be read in turns."""
 _MOST_PORTIONS = 32
 """Only the last portions' sums are waited for; the host spends about 30 us on each portion."""
 _LANES = 2

@@ -87,6 +87,7 @@ class ColocatedRollout:
         max_running_requests: most prompts one engine has in flight.
         max_engine_restarts: most times that engines are restarted over the whole run; after that, a death is an error.
         weight_version: version of the first update; each later one adds 1.
+        copy_engines: let copy engines bring weights that lie on other devices of an engine rank's host.
         reshard_timeout_s: longest exchange of weights between hosts in one update.
 
     Raises:
@@ -103,6 +104,7 @@ class ColocatedRollout:
         max_running_requests: int = 256,
         max_engine_restarts: int = 0,
         weight_version: int = 0,
+        copy_engines: bool = False,
         reshard_timeout_s: float = 600.0,
     ) -> None:
         self._engine = engine
@@ -120,7 +122,9 @@ class ColocatedRollout:
         if not self._leaders:
             raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
         engine_sizes = {leader: sizes[leader] for leader in self._leaders}
-        self._control = UpdateControl(spec, sources, engine_sizes, rank=self._rank, timeout_s=reshard_timeout_s)
+        self._control = UpdateControl(
+            spec, sources, engine_sizes, rank=self._rank, copy_engines=copy_engines, timeout_s=reshard_timeout_s
+        )
         self._store = open_store()
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""

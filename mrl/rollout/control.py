@@ -20,6 +20,7 @@ class UpdateControl:
         engine_sizes: ranks of every engine by its leader's rank, in rank order; an engine rank runs on the host and
             the device of the trainer rank beside it.
         rank: this trainer rank's.
+        copy_engines: let copy engines bring what lies on other devices of an engine rank's host.
         timeout_s: longest exchange of weights between hosts.
     """
 
@@ -30,6 +31,7 @@ class UpdateControl:
         engine_sizes: Mapping[int, int],
         *,
         rank: int,
+        copy_engines: bool,
         timeout_s: float,
     ) -> None:
         beside = [sources[leader + i] for leader, size in engine_sizes.items() for i in range(size)]
@@ -41,7 +43,9 @@ class UpdateControl:
         self._message: dict[str, Any] = {}
         if rank in engine_sizes:
             first = sum(size for leader, size in engine_sizes.items() if leader < rank)
-            engines = {"hosts": hosts, "devices": [source.device for source in beside], "first_rank": first}
+            engines: dict[str, Any] = {"hosts": hosts, "first_rank": first}
+            if copy_engines:
+                engines["devices"] = [source.device for source in beside]
             self._message = {"spec": spec.to_json(), "sources": sources_to_json(sources), "engines": engines}
         self.renew()
 

@@ -1,4 +1,4 @@
-// CUDA launchers over tiles in device memory, and copies by the copy engines; no torch. One source file per function in cuda/.
+// CUDA launchers over tiles in device memory, and copies by copy engines; no torch. One source file per function in cuda/.
 #pragma once
 
 #include <cuda_runtime_api.h>

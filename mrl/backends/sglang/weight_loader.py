@@ -5,8 +5,9 @@ The control message is JSON in the name of an empty tensor: SGLang hands loaders
 
 - `pull`: `layout`, a key; `round`, another one for every update of a layout; `seed`, for sampling; in the first message
   of a layout also `spec` (`ModelSpec`) and `sources` (`sources_to_json`), and where the job has several engines or
-  hosts, `engines`: `hosts` and `devices` of all engine ranks, `first_rank` of this engine, `meeting` (`MeetingPoint`).
-  Plan, opened buffers and connections are kept for the messages that follow, until one fails.
+  hosts, `engines`: `hosts` of all engine ranks and, for copy engines, their `devices`, `first_rank` of this engine,
+  `meeting` (`MeetingPoint`). Plan, opened buffers and connections are kept for the messages that follow, until one
+  fails.
 - `capture`: capture the CUDA graphs that waited for the parameters' addresses.
 - `poison`: fill every parameter with NaN, so that a test sees what a pull missed; not those that are the trainer's
   memory.
@@ -166,8 +167,8 @@ def _places(control: Mapping[str, Any]) -> EnginePlaces:
     engines = control.get("engines")
     if engines is None:
         return EnginePlaces(hosts=(control["sources"][0]["host"],) * tp_size, tp_size=tp_size, rank=tp_rank)
-    rank, devices = engines["first_rank"] + tp_rank, tuple(engines["devices"])
-    return EnginePlaces(hosts=tuple(engines["hosts"]), devices=devices, tp_size=tp_size, rank=rank)
+    rank, devices = engines["first_rank"] + tp_rank, engines.get("devices")
+    return EnginePlaces(hosts=tuple(engines["hosts"]), devices=devices and tuple(devices), tp_size=tp_size, rank=rank)
 
 
 def _group(model: nn.Module, control: Mapping[str, Any], places: EnginePlaces) -> EngineGroup:

@@ -11,7 +11,6 @@ from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.execute_torch import TorchCopies
 from mrl.reshard.peer_sums import check_peer_sums
-from mrl.reshard.peers import CopyEngineSizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -100,7 +99,7 @@ class BesideEachOther:
             for other in self.devices:
                 # Torch enables the access that kernels need with its first copy.
                 torch.zeros(1, device=own).copy_(torch.zeros(1, device=other))
-        self.plans = job.plans(copy_engines=CopyEngineSizes(num_bytes=1, row_bytes=1))
+        self.plans = job.plans(copy_engine_bytes=1)
         self.memory = {(rank, 0): job.memory(rank).to(device) for rank, device in enumerate(self.devices)}
         self.expected = [job.params(rank) for rank in range(count)]
         self.params, self.pullers = [], []

@@ -13,10 +13,9 @@ from mrl.reshard.errors import ReshardError
 from mrl.reshard.execute import Puller, open_sources
 from mrl.reshard.peer_reads import served_tiles, split_reads
 from mrl.reshard.peer_sums import PeerSums, check_peer_sums
-from mrl.reshard.peers import CopyEngineSizes
 
 SPEC = make_spec()
-ANY_SIZE = CopyEngineSizes(num_bytes=1, row_bytes=1)
+ANY_SIZE = 1
 TOKEN = torch.empty(0)
 MANY = settings(max_examples=25, deadline=None)
 
@@ -35,25 +34,23 @@ def pairs(plans):
 @MANY
 @given(
     build_job=host_jobs(ranks_per_device=st.sampled_from([1, 2])),
-    sizes=st.builds(CopyEngineSizes, num_bytes=st.sampled_from([1, 100, 1000]), row_bytes=st.sampled_from([1, 16])),
+    least=st.sampled_from([1, 100, 1000]),
     alias=st.booleans(),
 )
-def test_a_witness_serves_what_is_read_from_its_device_in_the_same_order(build_job, sizes, alias):
+def test_a_witness_serves_what_is_read_from_its_device_in_the_same_order(build_job, least, alias):
     job = build_job()
-    plans = job.plans(copy_engines=sizes, alias=alias)
+    plans = job.plans(copy_engine_bytes=least, alias=alias)
     read, served = pairs(plans)
     assert read == served
     device_of = {source.rank: source.device for source in job.sources}
     for (reader, owner), copies in read.items():
         assert job.hosts[reader] == job.hosts[owner]
         assert {device_of[op.src_rank] for op in copies} == {job.devices[owner]} != {job.devices[reader]}
-        assert min(op.num_bytes for op in copies) >= sizes.num_bytes
-        assert min(op.row_bytes for op in copies) >= sizes.row_bytes
+        assert min(op.num_bytes for op in copies) >= least
     for rank, plan in enumerate(plans):
         # Every device has an engine rank, so what a kernel reads elsewhere is small.
         for op in plan.copies:
-            small = op.num_bytes < sizes.num_bytes or op.row_bytes < sizes.row_bytes
-            assert small or device_of[op.src_rank] == job.devices[rank]
+            assert op.num_bytes < least or device_of[op.src_rank] == job.devices[rank]
         assert plan.stats.copy_engine_bytes == sum(each.num_bytes for each in plan.reads)
 
 
@@ -62,8 +59,8 @@ def test_a_witness_serves_what_is_read_from_its_device_in_the_same_order(build_j
 def test_places_change_no_copy_only_who_makes_it(build_job):
     job = build_job()
     for rank in range(len(job.hosts)):
-        plan = job.plan(rank, copy_engines=ANY_SIZE)
-        by_kernel = job.plan(rank, copy_engines=CopyEngineSizes(num_bytes=1 << 40))
+        plan = job.plan(rank, copy_engine_bytes=ANY_SIZE)
+        by_kernel = job.plan(rank, copy_engine_bytes=1 << 40)
         assert not by_kernel.reads
         assert not by_kernel.serves
         assert sorted(map(repr, plan.host_copies)) == sorted(map(repr, by_kernel.copies))
@@ -75,31 +72,31 @@ def test_bytes_of_a_device_without_an_engine_rank_are_the_kernels():
     job = host_job(
         SPEC, ParallelLayout(world_size=4, pp=4), ranks_per_host=4, ranks_per_device=1, tp_size=1, num_engines=2
     )
-    plan = job.plan(0, copy_engines=ANY_SIZE)
+    plan = job.plan(0, copy_engine_bytes=ANY_SIZE)
     assert [(each.peer, {op.src_rank for op in each.copies}) for each in plan.reads] == [(1, {1})]
     assert {op.src_rank for op in plan.copies} == {0, 2, 3}
 
 
 def test_a_device_of_several_engine_ranks_has_one_witness():
     job = host_job(SPEC, ParallelLayout(world_size=4, pp=2), ranks_per_host=4, ranks_per_device=2, tp_size=1)
-    plans = job.plans(copy_engines=ANY_SIZE)
+    plans = job.plans(copy_engine_bytes=ANY_SIZE)
     assert {pair for pair in pairs(plans)[0]} == {(0, 2), (1, 2), (2, 0), (3, 0)}
     assert not plans[1].serves
     assert not plans[3].serves
 
 
-def test_small_copies_and_short_rows_are_the_kernels():
+def test_small_copies_are_the_kernels():
     job = host_job(SPEC, ParallelLayout(world_size=2, tp=2), ranks_per_host=2, ranks_per_device=1, tp_size=1)
-    plan = job.plan(0, copy_engines=CopyEngineSizes(num_bytes=256, row_bytes=64))
-    assert all(op.num_bytes >= 256 and op.row_bytes >= 64 for each in plan.reads for op in each.copies)
-    assert {op.row_bytes for op in plan.copies if op.src_rank == 1 and op.rows > 1} == {32}
+    plan = job.plan(0, copy_engine_bytes=256)
+    assert min(op.num_bytes for each in plan.reads for op in each.copies) >= 256
+    assert 0 < max(op.num_bytes for op in plan.copies if op.src_rank == 1) < 256
     assert job.plan(0).reads == ()
 
 
 def test_where_devices_are_not_known_the_kernel_copies_all():
     job = host_job(SPEC, ParallelLayout(world_size=2, tp=2), ranks_per_host=2, ranks_per_device=1, tp_size=1)
     job.devices = None
-    plan = job.plan(0, copy_engines=ANY_SIZE)
+    plan = job.plan(0, copy_engine_bytes=ANY_SIZE)
     assert (plan.reads, plan.serves) == ((), ())
 
 
@@ -132,7 +129,7 @@ def copy_all(job, plans, *, piece_bytes):
 @given(build_job=host_jobs(ranks_per_device=st.just(1)), piece_bytes=st.sampled_from([16, 176, 1 << 20]))
 def test_sums_of_both_ends_agree_however_the_copies_are_cut(build_job, piece_bytes):
     job = build_job()
-    plans = job.plans(copy_engines=ANY_SIZE)
+    plans = job.plans(copy_engine_bytes=ANY_SIZE)
     reports, params = copy_all(job, plans, piece_bytes=piece_bytes)
     check_peer_sums(reports, whole_job=True)
     for plan, own in zip(plans, params, strict=True):
@@ -144,7 +141,7 @@ def test_sums_of_both_ends_agree_however_the_copies_are_cut(build_job, piece_byt
 
 def test_portions_are_about_equal_and_take_the_devices_in_turns():
     job = host_job(SPEC, ParallelLayout(world_size=4, pp=4), ranks_per_host=4, ranks_per_device=1, tp_size=1)
-    plan = job.plan(1, copy_engines=ANY_SIZE)
+    plan = job.plan(1, copy_engine_bytes=ANY_SIZE)
     memory, params = open_sources(plan, job.sources), poisoned(job.params(1))
     portions = split_reads(plan.reads, memory, flat(params), rank=1, piece_bytes=256)
     sizes = [int((portion.descriptors[:, 4] * portion.descriptors[:, 5]).sum()) for portion in portions]
@@ -160,7 +157,7 @@ def test_portions_are_about_equal_and_take_the_devices_in_turns():
 def test_torch_copies_leave_nothing_to_compare():
     job = host_job(SPEC, ParallelLayout(world_size=2, tp=2), ranks_per_host=2, ranks_per_device=1, tp_size=1)
     reports = []
-    for rank, plan in enumerate(job.plans(copy_engines=ANY_SIZE)):
+    for rank, plan in enumerate(job.plans(copy_engine_bytes=ANY_SIZE)):
         params = poisoned(job.params(rank))
         result = Puller(plan, open_sources(plan, job.sources), params).pull()
         assert all(bitwise_equal(params[name], expected) for name, expected in job.params(rank).items())
@@ -173,7 +170,7 @@ def test_torch_copies_leave_nothing_to_compare():
 @pytest.mark.parametrize("side", ["arrived", "served"])
 def test_one_changed_bit_is_found_with_both_ranks(side):
     job = host_job(SPEC, ParallelLayout(world_size=2, pp=2), ranks_per_host=2, ranks_per_device=1, tp_size=1)
-    plans = job.plans(copy_engines=ANY_SIZE)
+    plans = job.plans(copy_engine_bytes=ANY_SIZE)
     reports, params = copy_all(job, plans, piece_bytes=256)
     op = plans[0].reads[0].copies[-1]
     if side == "arrived":

@@ -21,12 +21,13 @@ def source(rank, host, device=-1):
 
 def controls(scenario, hosts, engine_sizes, devices=None):
     """What `scenario(control)` returns on a rank for each of the hosts."""
-    devices = devices or [-1] * len(hosts)
-    sources = [source(rank, host, device) for rank, (host, device) in enumerate(zip(hosts, devices, strict=True))]
+    known = devices or [-1] * len(hosts)
+    sources = [source(rank, host, device) for rank, (host, device) in enumerate(zip(hosts, known, strict=True))]
+    settings = {"copy_engines": devices is not None, "timeout_s": 9.0}
 
     def rank_main(env):
         init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
-        result = scenario(UpdateControl(SPEC, sources, engine_sizes, rank=env.rank, timeout_s=9.0))
+        result = scenario(UpdateControl(SPEC, sources, engine_sizes, rank=env.rank, **settings))
         dist.destroy_process_group()
         return result
 
@@ -41,6 +42,7 @@ def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
         assert (engines["hosts"], engines["first_rank"]) == (["a", "b", "b"], first)
         assert engines["meeting"]["timeout_s"] == 9.0
         assert sources_from_json(messages[rank]["sources"]) == sources
+        assert "devices" not in engines
     assert messages[0]["engines"]["meeting"] == messages[2]["engines"]["meeting"]
 
 
@@ -54,7 +56,7 @@ def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
         ([16, 16, 32, 32], {0: 1, 2: 1}, [16, 32]),
     ],
 )
-def test_engines_are_told_the_devices_of_all_their_ranks(devices, engine_sizes, expected):
+def test_engines_are_told_the_devices_of_all_their_ranks_for_copy_engines(devices, engine_sizes, expected):
     _, messages = controls(lambda control: control.message, ["a", "a", "b", "b"], engine_sizes, devices)
     assert all(messages[leader]["engines"]["devices"] == expected for leader in engine_sizes)
 
