@@ -8,6 +8,9 @@ import pytest
 from fault_checks import CHECKS
 from fault_jobs import FaultJob, Outcome, preload, run_job
 
+# When tests are collected: those that run before may import SGLang, which brings megatron-core unprepared.
+import mrl.backends.megatron  # noqa: F401
+
 pytestmark = pytest.mark.engine
 
 
