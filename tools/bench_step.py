@@ -75,8 +75,9 @@ def model_job(folder: Path, arguments: argparse.Namespace) -> list[str]:
         *overrides,
         "trainer.device=cuda",
         f"{rollout}.gpu_memory_utilization=0.4",
-        # Kernels that need no compiler at start.
+        # Kernels that need no compiler at start; no graphs of prefills, whose capture takes longer than they save.
         f"{rollout}.engine_kwargs.sglang.attention_backend=triton",
+        f"{rollout}.engine_kwargs.sglang.disable_prefill_cuda_graph=True",
         f"{actor}.megatron.optimizer_offload=True",
         f"{actor}.megatron.grad_offload=True",
         f"{critic}.megatron.param_offload=True",
@@ -128,6 +129,21 @@ def train(config: PPOConfig, *, compare: bool) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, read its metrics file and write the rows."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    setup_logging(rank=0)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        steps, alone = _run(arguments, Path(folder))
+    if len(steps) < 2:
+        parser.exit(1, f"{len(steps)} steps were made; the first does not count\n")
+    case = "the embedded task" if arguments.demo else _case(arguments)
+    rows = [*phase_rows(case, steps[1:]), *rollout_rows(case, steps[1:], alone)]
+    print(*rows, sep="\n")
+    if arguments.output:
+        write(arguments.output, "step", rows, installed(_PACKAGES))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--demo", action="store_true", help="the job of `make demo`")
@@ -139,33 +155,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where model and outputs lie for the run; /dev/shm saves seconds")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args(argv)
-    setup_logging(rank=0)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        run_dir = Path(folder) / "run"
-        own = [] if arguments.demo else model_job(Path(folder), arguments)
-        overrides = [
-            *own,
-            f"trainer.default_local_dir={run_dir}",
-            f"trainer.total_training_steps={arguments.steps}",
-            "trainer.val_before_train=False",
-            "trainer.test_freq=-1",
-            "trainer.logger=[file]",
-            *arguments.overrides,
-        ]
-        config = load_config(overrides, "demo" if arguments.demo else "ppo_megatron_trainer")
-        alone: list[float] = []
-        try:
-            alone = train(config, compare=not arguments.demo)
-        except RankFailure:
-            # The steps before it are worth their rows.
-            traceback.print_exc()
-        steps = [row for row in read_metrics(run_dir) if "time/step_s" in row]
-    case = "the embedded task" if arguments.demo else _case(arguments)
-    rows = [*phase_rows(case, steps[1:]), *rollout_rows(case, steps[1:], sum(alone))]
-    print(*rows, sep="\n")
-    if arguments.output:
-        write(arguments.output, "step", rows, installed(_PACKAGES))
+    return parser
+
+
+def _run(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float]], float]:
+    """Metrics of every step, and tokens/s of the engines' own generation; of a job that was cut off, what it made."""
+    run_dir = folder / "run"
+    own = [] if arguments.demo else model_job(folder, arguments)
+    overrides = [
+        *own,
+        f"trainer.default_local_dir={run_dir}",
+        f"trainer.total_training_steps={arguments.steps}",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.logger=[console,file]",
+        *arguments.overrides,
+    ]
+    config = load_config(overrides, "demo" if arguments.demo else "ppo_megatron_trainer")
+    alone: list[float] = []
+    try:
+        alone = train(config, compare=not arguments.demo)
+    except (RankFailure, KeyboardInterrupt):
+        traceback.print_exc()
+    if not (run_dir / "metrics.jsonl").is_file():
+        return [], 0.0
+    return [row for row in read_metrics(run_dir) if "time/step_s" in row], sum(alone)
 
 
 def _case(arguments: argparse.Namespace) -> str:

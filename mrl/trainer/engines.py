@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -21,6 +23,8 @@ from mrl.launch.watchdog import Watchdog
 from mrl.trainer.phases import ENGINE_TAGS
 from mrl.trainer.plan import RunPlan
 
+logger = logging.getLogger(__name__)
+
 _BEYOND_PHASES_S = 120.0
 """How much longer a collective may take than the longest phase: the watchdog knows more about what is missing."""
 
@@ -39,7 +43,9 @@ def start_rank(
         return None
     if not part.leads:
         return _start_follower(config, plan, env, part, during_start=join)
+    begin = time.perf_counter()
     engine = _start_engine(config, plan, env, part, during_start=join)
+    logger.info("rollout engine started in %.1f s", time.perf_counter() - begin)
     # The trainer is built in the memory that the engine will use later.
     engine.release_memory(engine_tags(config, plan))
     return engine
