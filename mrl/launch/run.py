@@ -27,6 +27,7 @@ from mrl.launch.restart import RunFailed, run_with_restarts
 from mrl.observability.console import setup_logging, show_table
 from mrl.observability.report import summarize_run
 from mrl.trainer.inputs import RunInputs, load_inputs
+from mrl.trainer.machine import check_gpus
 from mrl.trainer.plan import RunPlan, plan_run, run_folder
 from mrl.trainer.resume import set_aside_history
 from mrl.trainer.run_folder import claim_run_folder
@@ -115,7 +116,7 @@ def _launch_host(config: PPOConfig, job: Job) -> int:
 
 def _prepare_host(config: PPOConfig, job: Job) -> RankMain:
     """What each rank of this host runs, continuing from the newest checkpoint that there is now."""
-    plan = plan_run(config)
+    plan = _plan_here(config)
     inputs = load_inputs(config, plan)
     if job.ranks[0].rank == 0:
         _announce(config, plan)
@@ -126,10 +127,17 @@ def _prepare_host(config: PPOConfig, job: Job) -> RankMain:
     return partial(_run_rank, config, plan, inputs)
 
 
+def _plan_here(config: PPOConfig) -> RunPlan:
+    plan = plan_run(config)
+    if plan.device == "cuda":
+        check_gpus(config.trainer.n_gpus_per_node)
+    return plan
+
+
 def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     setup_logging(rank=env.rank)
     env.export()
-    plan = plan_run(config)
+    plan = _plan_here(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:
         _announce(config, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,3 +50,14 @@ def choose_device(requested: str) -> Device:
     if requested == "cuda" and not available:
         raise ValueError("trainer.device = cuda, but torch finds no CUDA device; set trainer.device=cpu or auto")
     return "cuda" if available and requested != "cpu" else "cpu"
+
+
+def check_gpus(ranks_per_host: int) -> None:
+    """ValueError unless this process sees a GPU for each rank of its host."""
+    seen, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen < ranks_per_host:
+        limited = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise ValueError(
+            f"trainer.n_gpus_per_node = {ranks_per_host}, but {seen} of this host's GPUs can be seen here{limited}; "
+            "lower it, or let every task see all GPUs of its host (srun: neither --gpus-per-task nor --gpu-bind)"
+        )
