@@ -19,9 +19,10 @@ import torch
 from benchmark_file import Row, write
 
 from mrl.parallel.layout import ParallelLayout
+from mrl.scale.job import Job
 from mrl.scale.shapes import load_shape
 from mrl.scale.times import Rates, predict_reshard
-from mrl.scale.traffic import Job, plan_traffic
+from mrl.scale.traffic import plan_traffic
 
 LIMIT_S = 10.0
 LIMIT_GIB = 2.0

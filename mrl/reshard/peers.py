@@ -64,12 +64,15 @@ class PeerChoice:
 
     A device without an engine rank has no witness, and where the engine ranks' devices are not known none has: the
     kernel copies from there and sums what it reads.
+
+    Args:
+        least_bytes: of a copy of theirs; None if they copy nothing.
     """
 
-    def __init__(self, places: EnginePlaces, sources: Sequence[SourceRank], copy_engine_bytes: int) -> None:
-        self._least = copy_engine_bytes
+    def __init__(self, places: EnginePlaces, sources: Sequence[SourceRank], least_bytes: int | None) -> None:
+        self._least = least_bytes or 0
         witnesses: dict[int, int] = {}
-        for rank in places.on_host():
+        for rank in places.on_host() if least_bytes is not None else ():
             device = places.device_of(rank)
             if device is not None and device != places.device:
                 witnesses.setdefault(device, rank)
@@ -101,7 +104,7 @@ def plan_serves(
     index: SourceIndex,
     sources: Sequence[SourceRank],
     places: EnginePlaces,
-    copy_engine_bytes: int,
+    least_bytes: int | None,
     *,
     alias: bool,
 ) -> tuple[Transfer, ...]:
@@ -109,7 +112,7 @@ def plan_serves(
     served: dict[int, list[CopyOp]] = defaultdict(list)
     for reader in places.on_host():
         theirs = places.of(reader)
-        choice = PeerChoice(theirs, sources, copy_engine_bytes)
+        choice = PeerChoice(theirs, sources, least_bytes)
         if theirs.device is None or places.rank not in choice.witnesses:
             continue
         near = LocalChoice(theirs, theirs.device, len(sources))

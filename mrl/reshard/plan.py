@@ -19,7 +19,7 @@ from mrl.reshard.families import VOCABULARY_PARAMS
 from mrl.reshard.layout import Piece, SourceRank, TargetParam
 from mrl.reshard.operations import CopyOp, Fill
 from mrl.reshard.overlaps import EngineModel
-from mrl.reshard.peers import COPY_ENGINE_BYTES, PeerChoice, by_peer, plan_serves, take_nearby
+from mrl.reshard.peers import PeerChoice, by_peer, plan_serves, take_nearby
 from mrl.reshard.routes import EnginePlaces, LocalChoice, RemoteChoice, crosses_hosts
 from mrl.reshard.sources import SourceIndex
 from mrl.reshard.spec import ModelSpec
@@ -99,7 +99,7 @@ def build_plan(
     ep_size: int = 1,
     places: EnginePlaces | None = None,
     alias: bool = False,
-    copy_engine_bytes: int = COPY_ENGINE_BYTES,
+    copy_engine_bytes: int | None = None,
 ) -> Plan:
     """The plan of engine rank `tp_rank` of `tp_size`, which runs on `device` (-1: CPU) of `host`.
 
@@ -111,8 +111,8 @@ def build_plan(
         places: all engine ranks of the job; None for one engine, all of it on `host`.
         alias: have parameters be the trainer's memory where that holds the same bytes in the same order; as on the
             job's other engine ranks.
-        copy_engine_bytes: fewest bytes of a copy from another device that is theirs, where the places tell the devices;
-            as on the job's other engine ranks.
+        copy_engine_bytes: fewest bytes of a copy from another device that is the copy engines', where the places tell
+            the devices; None if none is. As on the job's other engine ranks.
 
     Raises:
         ValueError: a name, shape or dtype does not fit, some byte would be written never or twice, it lies only on
@@ -121,7 +121,8 @@ def build_plan(
     _check_inputs(sources, targets)
     places = places or EnginePlaces(hosts=(host,) * tp_size, tp_size=tp_size, rank=tp_rank)
     assert (places.tp_rank, places.tp_size, places.host) == (tp_rank, tp_size, host), places
-    _check_device(places, device)
+    if copy_engine_bytes is not None:
+        _check_device(places, device)
     model = EngineModel(spec=spec, targets=targets, tp_size=tp_size, ep_size=ep_size)
     index = SourceIndex.build(spec, sources, targets[0].element_size)
     near, far = LocalChoice(places, device, len(sources)), RemoteChoice(places, sources)

@@ -125,11 +125,13 @@ class RemoteChoice:
             self._senders[host].append(rank)
         self._sender_of: dict[int, int] = {}
         met: dict[str, int] = defaultdict(int)
+        on_gpu = _ranks_by_gpu(places)
         for source in sorted(sources, key=lambda source: source.rank):
             senders = self._senders.get(source.host)
             if senders:
                 # One to one where every trainer rank has an engine rank beside it: that reads its own device.
-                self._sender_of[source.rank] = senders[met[source.host] % len(senders)]
+                in_turn = senders[met[source.host] % len(senders)]
+                self._sender_of[source.rank] = on_gpu.get((source.host, source.device), in_turn)
                 met[source.host] += 1
         self._senders_of: dict[tuple[int, ...], set[int | None]] = {}
         self._queues: dict[tuple[tuple[int, ...], int], dict[int, int]] = {}
@@ -211,6 +213,16 @@ class RemoteChoice:
             "tensor_model_parallel_size of the rollout so that engines cover every host, or choose a smaller "
             "pipeline_model_parallel_size, so that the hosts with engines hold the whole model"
         )
+
+
+def _ranks_by_gpu(places: EnginePlaces) -> dict[tuple[str, int], int]:
+    """The first engine rank on each GPU; empty where they run on CPUs or their devices are not known."""
+    ranks: dict[tuple[str, int], int] = {}
+    for rank, host in enumerate(places.hosts):
+        device = places.device_of(rank)
+        if device is not None and device >= 0:
+            ranks.setdefault((host, device), rank)
+    return ranks
 
 
 def crosses_hosts(holdings: Sequence[Holding], places: EnginePlaces) -> bool:

@@ -87,6 +87,8 @@ class ColocatedRollout:
         max_running_requests: most prompts one engine has in flight.
         max_engine_restarts: most times that engines are restarted over the whole run; after that, a death is an error.
         weight_version: version of the first update; each later one adds 1.
+        beside: of every engine rank, engine by engine, the trainer rank whose GPU it runs on; None where they are in
+            order.
         copy_engines: let copy engines bring weights that lie on other devices of an engine rank's host.
         reshard_timeout_s: longest exchange of weights between hosts in one update.
 
@@ -104,6 +106,7 @@ class ColocatedRollout:
         max_running_requests: int = 256,
         max_engine_restarts: int = 0,
         weight_version: int = 0,
+        beside: Sequence[int] | None = None,
         copy_engines: bool = False,
         reshard_timeout_s: float = 600.0,
     ) -> None:
@@ -123,7 +126,13 @@ class ColocatedRollout:
             raise ValueError("no rank owns a rollout engine; start one on the first rank of each engine")
         engine_sizes = {leader: sizes[leader] for leader in self._leaders}
         self._control = UpdateControl(
-            spec, sources, engine_sizes, rank=self._rank, copy_engines=copy_engines, timeout_s=reshard_timeout_s
+            spec,
+            sources,
+            engine_sizes,
+            rank=self._rank,
+            beside=beside,
+            copy_engines=copy_engines,
+            timeout_s=reshard_timeout_s,
         )
         self._store = open_store()
         self.metrics: dict[str, float] = {}

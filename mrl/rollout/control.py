@@ -17,9 +17,10 @@ class UpdateControl:
 
     Args:
         sources: every trainer rank's export, in rank order.
-        engine_sizes: ranks of every engine by its leader's rank, in rank order; an engine rank runs on the host and
-            the device of the trainer rank beside it.
+        engine_sizes: ranks of every engine by its leader's rank, in rank order.
         rank: this trainer rank's.
+        beside: of every engine rank, engine by engine, the trainer rank whose host and device it shares; None where
+            it is the one of the engine's ranks in order.
         copy_engines: let copy engines bring what lies on other devices of an engine rank's host.
         timeout_s: longest exchange of weights between hosts.
     """
@@ -31,11 +32,13 @@ class UpdateControl:
         engine_sizes: Mapping[int, int],
         *,
         rank: int,
-        copy_engines: bool,
+        beside: Sequence[int] | None = None,
+        copy_engines: bool = False,
         timeout_s: float,
     ) -> None:
-        beside = [sources[leader + i] for leader, size in engine_sizes.items() for i in range(size)]
-        hosts = [source.host for source in beside]
+        if beside is None:
+            beside = [leader + i for leader, size in engine_sizes.items() for i in range(size)]
+        hosts = [sources[each].host for each in beside]
         self._store = job_store() if len(set(hosts)) > 1 else None
         self._name = broadcast_result(lambda: f"weights/{uuid.uuid4().hex}")
         self._renewals = -1
@@ -43,9 +46,8 @@ class UpdateControl:
         self._message: dict[str, Any] = {}
         if rank in engine_sizes:
             first = sum(size for leader, size in engine_sizes.items() if leader < rank)
-            engines: dict[str, Any] = {"hosts": hosts, "first_rank": first}
-            if copy_engines:
-                engines["devices"] = [source.device for source in beside]
+            devices = [sources[each].device for each in beside]
+            engines = {"hosts": hosts, "devices": devices, "first_rank": first, "copy_engines": copy_engines}
             self._message = {"spec": spec.to_json(), "sources": sources_to_json(sources), "engines": engines}
         self.renew()
 

@@ -11,9 +11,10 @@ from mrl.config.load import load_config
 from mrl.config.schema import PPOConfig
 from mrl.observability.console import show_table
 from mrl.reshard.check import parse_axes
+from mrl.scale.job import Job
 from mrl.scale.shapes import known_shapes, load_shape
 from mrl.scale.times import Rates, bubble_fraction, predict_reshard
-from mrl.scale.traffic import Job, Traffic, plan_traffic
+from mrl.scale.traffic import Traffic, plan_traffic
 from mrl.trainer.machine import Machine
 from mrl.trainer.plan import ShapePlan, plan_shape
 

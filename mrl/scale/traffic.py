@@ -7,13 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.plan import PlanStats, build_plan
 from mrl.reshard.routes import EnginePlaces
-from mrl.reshard.spec import ModelSpec
 from mrl.scale.exports import ShardKey, engine_params, host_name, shard_key, trainer_exports
+from mrl.scale.job import Job
+from mrl.scale.placement import place_engines
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -44,21 +42,6 @@ class Traffic:
         return max(int(getattr(group.stats, name)) for group in self.groups)
 
 
-@dataclass(kw_only=True, frozen=True)
-class Job:
-    """Layouts of trainer and engines, and how their ranks lie on hosts."""
-
-    spec: ModelSpec
-    layout: ParallelLayout
-    rollout_tp: int
-    rollout_ep: int
-    num_engines: int
-    gpus_per_host: int
-    dtype: torch.dtype
-    alias: bool = False
-    """Engine parameters are the trainer's memory where they can be."""
-
-
 def plan_traffic(job: Job, *, most_groups: int | None = None) -> Traffic:
     """Plan the reshard of one engine rank of every group.
 
@@ -72,7 +55,9 @@ def plan_traffic(job: Job, *, most_groups: int | None = None) -> Traffic:
     targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
     num_ranks = job.num_engines * job.rollout_tp
     hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(num_ranks))
-    found = _groups(job, num_ranks)
+    beside = place_engines(job)
+    devices = tuple(rank % job.gpus_per_host for rank in beside)
+    found = _groups(job, beside)
     chosen: Sequence[int] = range(len(found))
     if most_groups is not None and most_groups < len(found):
         chosen = sorted(random.Random(0).sample(chosen, most_groups))
@@ -87,23 +72,23 @@ def plan_traffic(job: Job, *, most_groups: int | None = None) -> Traffic:
             tp_size=job.rollout_tp,
             ep_size=job.rollout_ep,
             host=hosts[first],
-            device=first % job.gpus_per_host,
-            places=EnginePlaces(hosts=hosts, tp_size=job.rollout_tp, rank=first),
+            device=devices[first],
+            places=EnginePlaces(hosts=hosts, devices=devices, tp_size=job.rollout_tp, rank=first),
             alias=job.alias,
         )
         groups.append(RankGroup(ranks=ranks, stats=plan.stats))
     return Traffic(groups=tuple(groups), num_groups=len(found), num_ranks=num_ranks)
 
 
-def _groups(job: Job, num_ranks: int) -> list[tuple[int, ...]]:
+def _groups(job: Job, beside: Sequence[int]) -> list[tuple[int, ...]]:
     """Engine ranks by their place in the engine, the shard on their own GPU, and the shards on their host."""
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     on_host: dict[int, tuple[ShardKey, ...]] = {}
-    for rank in range(num_ranks):
+    for rank, trainer_rank in enumerate(beside):
         host = rank // job.gpus_per_host
         if host not in on_host:
             last = min((host + 1) * job.gpus_per_host, job.layout.world_size)
             ranks = range(host * job.gpus_per_host, last)
             on_host[host] = tuple(sorted(shard_key(job.layout, each) for each in ranks))
-        groups[rank % job.rollout_tp, shard_key(job.layout, rank), on_host[host]].append(rank)
+        groups[rank % job.rollout_tp, shard_key(job.layout, trainer_rank), on_host[host]].append(rank)
     return [tuple(ranks) for ranks in groups.values()]

@@ -241,6 +241,7 @@ class _Builder:
             max_running_requests=config.actor_rollout_ref.rollout.max_num_seqs,
             max_engine_restarts=config.actor_rollout_ref.rollout.max_engine_restarts,
             weight_version=plan.resume.manifest.weight_version if plan.resume else 0,
+            beside=plan.beside,
             copy_engines=config.actor_rollout_ref.rollout.copy_engines,
             reshard_timeout_s=config.trainer.reshard_timeout_s,
         )

@@ -1,10 +1,14 @@
-"""How many rollout engines a job has, and whether they can get their weights."""
+"""How many rollout engines a job has, on which GPUs their ranks run, and whether they can get their weights."""
 
 from __future__ import annotations
+
+import torch
 
 from mrl.config.schema import PPOConfig
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
+from mrl.scale.job import Job
+from mrl.scale.placement import place_engines
 
 
 def count_engines(config: PPOConfig, actor: ModelSpec, device: str) -> int:
@@ -57,3 +61,26 @@ def check_senders(config: PPOConfig, actor: ParallelLayout, num_engines: int) ->
             f"without an engine, but no other host holds their part of the actor ({actor}): nothing could send it to "
             "the engines; raise num_engines, or choose a layout whose replicas lie on the hosts with engines"
         )
+
+
+def weights_job(config: PPOConfig, spec: ModelSpec, layout: ParallelLayout, num_engines: int) -> Job:
+    """The job as far as the actor's weights are concerned, copied and not aliased."""
+    rollout = config.actor_rollout_ref.rollout
+    return Job(
+        spec=spec,
+        layout=layout,
+        rollout_tp=rollout.tensor_model_parallel_size,
+        rollout_ep=int(rollout.engine_kwargs.sglang.get("ep_size", 1)),
+        num_engines=num_engines,
+        gpus_per_host=config.trainer.n_gpus_per_node,
+        dtype=getattr(torch, rollout.dtype),
+    )
+
+
+def ranks_beside_engines(
+    config: PPOConfig, spec: ModelSpec, layout: ParallelLayout, num_engines: int, device: str
+) -> tuple[int, ...]:
+    """For every engine rank, engine by engine, the trainer rank whose GPU it shares; on CPU simply in order."""
+    if device == "cpu":
+        return tuple(range(num_engines * config.actor_rollout_ref.rollout.tensor_model_parallel_size))
+    return place_engines(weights_job(config, spec, layout, num_engines))

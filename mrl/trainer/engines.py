@@ -36,6 +36,9 @@ def start_rank(
 
     An engine forks its processes, so it comes first; the process group forms while they load.
     """
+    if plan.device == "cuda":
+        # Before the engine starts: its processes may get to see the GPUs in another order than this one.
+        torch.cuda.set_device(env.local_rank)
     join = partial(_join, plan, env, watchdog)
     part = engine_part(plan, env)
     if part is None:
@@ -71,7 +74,6 @@ def engine_part(plan: RunPlan, env: RankEnvironment) -> EnginePart | None:
 def _join(plan: RunPlan, env: RankEnvironment, watchdog: Watchdog) -> None:
     backend = "gloo"
     if plan.device == "cuda":
-        torch.cuda.set_device(env.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=watchdog.deadlines.longest_s + _BEYOND_PHASES_S)
     init_process_group(env, backend=backend, timeout=timeout)
@@ -102,17 +104,18 @@ def _start_follower(
         part=part,
         start_timeout_s=config.trainer.engine_start_timeout_s,
         alias_weights=config.actor_rollout_ref.rollout.alias_weights,
+        gpus=part_gpus(plan, env),
         during_start=during_start,
     )
 
 
 def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> dict[str, Any]:
-    """The same on each host of an engine, but for the first GPU."""
+    """The same on each host of an engine."""
     rollout = config.actor_rollout_ref.rollout
     context_length = config.data.max_prompt_length + config.data.max_response_length
     on_gpu = plan.device == "cuda"
     first_rank = env.rank - env.rank % plan.rollout_tp
-    arguments = {"base_gpu_id": env.local_rank, "disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
+    arguments = {"disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
     return {
         "tp_size": plan.rollout_tp,
         "dtype": rollout.dtype,
@@ -122,12 +125,21 @@ def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) ->
         "max_total_tokens": None if on_gpu else rollout.max_num_seqs * (context_length + 1),
         "mem_fraction_static": rollout.gpu_memory_utilization if on_gpu else None,
         "seed": config.trainer.seed + first_rank,
+        "gpus": part_gpus(plan, env),
         "engine_kwargs": {
             "chunked_prefill_size": rollout.max_num_batched_tokens,
             **arguments,
             **thaw(rollout.engine_kwargs.sglang),
         },
     }
+
+
+def part_gpus(plan: RunPlan, env: RankEnvironment) -> tuple[int, ...]:
+    """The host's GPUs, counted from 0, that this part's ranks run on, in their order; none on CPU."""
+    if plan.device == "cpu":
+        return ()
+    size, host = min(plan.rollout_tp, env.local_world_size), env.rank - env.local_rank
+    return tuple(rank - host for rank in plan.beside[env.rank : env.rank + size])
 
 
 def engine_tags(config: PPOConfig, plan: RunPlan) -> tuple[str, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
 from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
 from mrl.parallel.auto_layout import BytesPerParameter
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import ModelSpec
-from mrl.scale.traffic import Job, plan_traffic
+from mrl.scale.traffic import plan_traffic
+from mrl.trainer.engine_plan import weights_job
 from mrl.trainer.machine import Machine
 from mrl.trainer.memory_plan import EngineMemory, MemoryPlan, RoleMemory, plan_device_memory, plan_host_memory
 
@@ -72,15 +73,6 @@ def plan_memory(
 
 def _aliased_bytes(config: PPOConfig, roles: list[RoleMemory], num_engines: int) -> int:
     """Of an engine rank's weights, how many are the actor's memory; of the rank with fewest."""
-    actor, rollout = next(role for role in roles if role.name == "actor"), config.actor_rollout_ref.rollout
-    job = Job(
-        spec=actor.spec,
-        layout=actor.layout,
-        rollout_tp=rollout.tensor_model_parallel_size,
-        rollout_ep=int(rollout.engine_kwargs.sglang.get("ep_size", 1)),
-        num_engines=num_engines,
-        gpus_per_host=config.trainer.n_gpus_per_node,
-        dtype=getattr(torch, rollout.dtype),
-        alias=True,
-    )
+    actor = next(role for role in roles if role.name == "actor")
+    job = replace(weights_job(config, actor.spec, actor.layout, num_engines), alias=True)
     return min(group.stats.aliased_bytes for group in plan_traffic(job, most_groups=_MOST_GROUPS).groups)

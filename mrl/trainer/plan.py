@@ -15,7 +15,7 @@ from mrl.config.schema import PPOConfig
 from mrl.data.embedded import resolve_embedded
 from mrl.reshard.hf_export import list_model_files
 from mrl.reshard.spec import ModelSpec
-from mrl.trainer.engine_plan import check_senders, count_engines
+from mrl.trainer.engine_plan import check_senders, count_engines, ranks_beside_engines
 from mrl.trainer.job_memory import plan_memory, role_memory
 from mrl.trainer.machine import Device, Machine, find_machine
 from mrl.trainer.manifest import RoleRecord, describe_role
@@ -40,6 +40,8 @@ class RunPlan:
     reward_model: RolePlan | None
     rollout_tp: int
     num_engines: int
+    beside: tuple[int, ...]
+    """For every engine rank, engine by engine, the trainer rank whose GPU it shares."""
     actor_schedule: UpdateSchedule
     critic_schedule: UpdateSchedule | None
     ref_limit: MicroBatchLimit | None
@@ -112,6 +114,7 @@ def plan_run(config: PPOConfig, machine: Machine | None = None) -> RunPlan:
         reward_model=reward_model,
         rollout_tp=shared.rollout.tensor_model_parallel_size,
         num_engines=num_engines,
+        beside=ranks_beside_engines(config, actor.spec, actor.layout, num_engines, machine.device),
         memory=_plan_memory(config, machine, actor, critic, reference, reward_model, num_engines=num_engines),
         actor_schedule=actor_schedule(config, actor.layout),
         critic_schedule=critic_schedule(config, critic.layout) if critic else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def engine_args(
     max_total_tokens: int | None = None,
     mem_fraction_static: float | None = None,
     seed: int = 0,
+    gpus: Sequence[int] = (),
     part: EnginePart | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def engine_args(
         max_total_tokens=max_total_tokens,
         random_seed=seed,
         **({} if mem_fraction_static is None else {"mem_fraction_static": mem_fraction_static}),
+        **({} if not gpus else {"base_gpu_id": 0 if _are_reordered(gpus) else gpus[0]}),
         **({} if part is None else part.server_args()),
         **(engine_kwargs or {}),
     )
@@ -98,13 +100,23 @@ def server_args(device: str, **values: Any) -> dict[str, Any]:
     return args | values
 
 
-def child_environment(device: str, tp_size: int, *, alias_weights: bool = False) -> dict[str, str]:
-    """Environment variables of the engine's processes."""
+def _are_reordered(gpus: Sequence[int]) -> bool:
+    return list(gpus) != list(range(gpus[0], gpus[0] + len(gpus)))
+
+
+def child_environment(
+    device: str, tp_size: int, *, alias_weights: bool = False, gpus: Sequence[int] = ()
+) -> dict[str, str]:
+    """Environment variables of the engine's processes; SGLang counts GPUs upwards, so another order is made here."""
     environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **aliasing.environment(alias_weights)}
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))
         bound = [str(cores[rank % len(cores)]) for rank in range(tp_size)]
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    if gpus and _are_reordered(gpus):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(max(gpus) + 1)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return environment
 
 

@@ -87,6 +87,7 @@ class SGLangEngine:
         max_total_tokens: int | None = None,
         mem_fraction_static: float | None = None,
         alias_weights: bool = False,
+        gpus: Sequence[int] = (),
         seed: int = 0,
         start_timeout_s: float = 600.0,
         call_timeout_s: float = 1800.0,
@@ -107,6 +108,7 @@ class SGLangEngine:
             max_total_tokens: KV cache slots; None lets SGLang fill `mem_fraction_static` of the memory (CUDA only).
             alias_weights: have parameters be the trainer's memory where it holds the same bytes; the trainer then must
                 not write its weights while the engine generates. CUDA graphs are captured after the first update.
+            gpus: of this host, counted from 0, that the ranks here run on, in their order; the first ones if empty.
             log_path: takes the children's output; None keeps it in a temporary file for error messages.
             during_start: runs in this process while the children load.
             part: the engine's first, where it spans hosts; names the job's store, over which its processes meet.
@@ -126,6 +128,7 @@ class SGLangEngine:
             max_total_tokens=max_total_tokens,
             mem_fraction_static=mem_fraction_static,
             seed=seed,
+            gpus=gpus,
             part=part,
             engine_kwargs=engine_kwargs,
         )
@@ -133,7 +136,7 @@ class SGLangEngine:
             args,
             forks=device == "cpu",
             part=part,
-            environment=child_environment(device, tp_size, alias_weights=alias_weights),
+            environment=child_environment(device, tp_size, alias_weights=alias_weights, gpus=gpus),
             start_timeout_s=start_timeout_s,
             call_timeout_s=call_timeout_s,
             log_path=log_path,

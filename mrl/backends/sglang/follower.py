@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class EngineFollower:
         part: EnginePart,
         start_timeout_s: float,
         alias_weights: bool = False,
+        gpus: Sequence[int] = (),
         log_path: Path | None = None,
         during_start: Callable[[], None] | None = None,
     ) -> EngineFollower:
@@ -45,7 +46,7 @@ class EngineFollower:
 
         Args:
             args: of `engine_args`.
-            alias_weights: as for `SGLangEngine.start`.
+            alias_weights, gpus: as for `SGLangEngine.start`.
             during_start: runs in this process while the children load.
 
         Raises:
@@ -55,7 +56,7 @@ class EngineFollower:
             args,
             forks=args["device"] == "cpu",
             part=part,
-            environment=child_environment(args["device"], args["tp_size"], alias_weights=alias_weights),
+            environment=child_environment(args["device"], args["tp_size"], alias_weights=alias_weights, gpus=gpus),
             start_timeout_s=start_timeout_s,
             call_timeout_s=start_timeout_s,
             log_path=log_path,

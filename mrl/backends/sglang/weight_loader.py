@@ -5,9 +5,9 @@ The control message is JSON in the name of an empty tensor: SGLang hands loaders
 
 - `pull`: `layout`, a key; `round`, another one for every update of a layout; `seed`, for sampling; in the first message
   of a layout also `spec` (`ModelSpec`) and `sources` (`sources_to_json`), and where the job has several engines or
-  hosts, `engines`: `hosts` of all engine ranks and, for copy engines, their `devices`, `first_rank` of this engine,
-  `meeting` (`MeetingPoint`). Plan, opened buffers and connections are kept for the messages that follow, until one
-  fails.
+  hosts, `engines`: `hosts` and `devices` of all engine ranks, `first_rank` of this engine, whether `copy_engines` may
+  bring weights, `meeting` (`MeetingPoint`). Plan, opened buffers and connections are kept for the messages that follow,
+  until one fails.
 - `capture`: capture the CUDA graphs that waited for the parameters' addresses.
 - `poison`: fill every parameter with NaN, so that a test sees what a pull missed; not those that are the trainer's
   memory.
@@ -33,6 +33,7 @@ from mrl.backends.sglang import aliasing, graphs, status
 from mrl.backends.sglang.engine_group import EngineGroup, MeetingPoint
 from mrl.reshard.delivery import Delivery
 from mrl.reshard.layout import sources_from_json, targets_of
+from mrl.reshard.peers import COPY_ENGINE_BYTES
 from mrl.reshard.plan import build_plan
 from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import ModelSpec
@@ -153,6 +154,7 @@ def _bind(model: nn.Module, control: Mapping[str, Any]) -> _Bound:
         ep_size=expert_parallel_size(model),
         places=places,
         alias=aliasing.is_on(),
+        copy_engine_bytes=COPY_ENGINE_BYTES if control.get("engines", {}).get("copy_engines") else None,
     )
     if plan.aliases:
         graphs.check_put_off()
@@ -167,8 +169,8 @@ def _places(control: Mapping[str, Any]) -> EnginePlaces:
     engines = control.get("engines")
     if engines is None:
         return EnginePlaces(hosts=(control["sources"][0]["host"],) * tp_size, tp_size=tp_size, rank=tp_rank)
-    rank, devices = engines["first_rank"] + tp_rank, engines.get("devices")
-    return EnginePlaces(hosts=tuple(engines["hosts"]), devices=devices and tuple(devices), tp_size=tp_size, rank=rank)
+    rank, devices = engines["first_rank"] + tp_rank, tuple(engines["devices"])
+    return EnginePlaces(hosts=tuple(engines["hosts"]), devices=devices, tp_size=tp_size, rank=rank)
 
 
 def _group(model: nn.Module, control: Mapping[str, Any], places: EnginePlaces) -> EngineGroup:

@@ -19,11 +19,11 @@ def source(rank, host, device=-1):
     return SourceRank(rank=rank, tp_rank=0, tp_size=1, host=host, device=device, dtype="float32", buffers=(), params=())
 
 
-def controls(scenario, hosts, engine_sizes, devices=None):
+def controls(scenario, hosts, engine_sizes, devices=None, **settings):
     """What `scenario(control)` returns on a rank for each of the hosts."""
     known = devices or [-1] * len(hosts)
     sources = [source(rank, host, device) for rank, (host, device) in enumerate(zip(hosts, known, strict=True))]
-    settings = {"copy_engines": devices is not None, "timeout_s": 9.0}
+    settings["timeout_s"] = 9.0
 
     def rank_main(env):
         init_process_group(env, backend="gloo", timeout=timedelta(seconds=60))
@@ -42,7 +42,8 @@ def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
         assert (engines["hosts"], engines["first_rank"]) == (["a", "b", "b"], first)
         assert engines["meeting"]["timeout_s"] == 9.0
         assert sources_from_json(messages[rank]["sources"]) == sources
-        assert "devices" not in engines
+        assert engines["devices"] == [-1, -1, -1]
+        assert not engines["copy_engines"]
     assert messages[0]["engines"]["meeting"] == messages[2]["engines"]["meeting"]
 
 
@@ -56,9 +57,17 @@ def test_engines_are_told_where_all_of_them_are_and_where_to_meet():
         ([16, 16, 32, 32], {0: 1, 2: 1}, [16, 32]),
     ],
 )
-def test_engines_are_told_the_devices_of_all_their_ranks_for_copy_engines(devices, engine_sizes, expected):
+def test_engines_are_told_the_devices_of_all_their_ranks(devices, engine_sizes, expected):
     _, messages = controls(lambda control: control.message, ["a", "a", "b", "b"], engine_sizes, devices)
     assert all(messages[leader]["engines"]["devices"] == expected for leader in engine_sizes)
+
+
+def test_engines_are_told_the_order_in_which_their_ranks_lie_on_devices():
+    placed = {"beside": [0, 1, 3, 2], "copy_engines": True}
+    _, messages = controls(lambda control: control.message, ["a", "a", "b", "b"], {0: 4}, [16, 32, 48, 64], **placed)
+    engines = messages[0]["engines"]
+    assert (engines["hosts"], engines["devices"]) == (["a", "a", "b", "b"], [16, 32, 64, 48])
+    assert engines["copy_engines"]
 
 
 def test_engines_of_one_host_meet_nowhere():

@@ -3,54 +3,16 @@
 import dataclasses
 
 import pytest
-import torch
-from model_specs import make_spec
+from scale_jobs import DENSE, JOBS, job
 
-from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.layout import as_matrix
 from mrl.reshard.plan import build_plan
 from mrl.reshard.routes import EnginePlaces
-from mrl.reshard.spec import MixtureOfExperts
 from mrl.scale.exports import engine_params, host_name, trainer_exports
-from mrl.scale.traffic import Job, plan_traffic
+from mrl.scale.placement import place_engines
+from mrl.scale.traffic import plan_traffic
 
-DENSE = make_spec(
-    family="llama",
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_key_value_heads=2,
-    head_dim=4,
-    attention_bias=False,
-)
-EXPERTS = dataclasses.replace(
-    DENSE,
-    family="qwen3_moe",
-    qk_layernorm=True,
-    moe=MixtureOfExperts(num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
-)
 SIZES = ("bytes", "local_bytes", "same_host_bytes", "remote_bytes", "fills", "fill_bytes")
-
-
-def job(spec, *, world_size, rollout_tp=2, rollout_ep=1, gpus_per_host=4, **axes):
-    return Job(
-        spec=spec,
-        layout=ParallelLayout(world_size=world_size, **axes),
-        rollout_tp=rollout_tp,
-        rollout_ep=rollout_ep,
-        num_engines=world_size // rollout_tp,
-        gpus_per_host=gpus_per_host,
-        dtype=torch.bfloat16,
-    )
-
-
-JOBS = {
-    "stages on hosts of their own": job(DENSE, world_size=32, tp=2, pp=4),
-    "stages that share hosts": job(DENSE, world_size=32, pp=4, rollout_tp=4, gpus_per_host=16),
-    "engines over two hosts": job(DENSE, world_size=32, tp=2, pp=2, rollout_tp=8),
-    "experts": job(EXPERTS, world_size=16, tp=2, pp=2, ep=4, rollout_tp=4, rollout_ep=2),
-    "experts in parts": job(EXPERTS, world_size=16, tp=4, pp=2, ep=2, etp=2, rollout_tp=4),
-}
 
 
 def plans(job):
@@ -58,6 +20,7 @@ def plans(job):
     targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
     ranks = job.num_engines * job.rollout_tp
     hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(ranks))
+    devices = tuple(rank % job.gpus_per_host for rank in place_engines(job))
     return [
         build_plan(
             job.spec,
@@ -67,8 +30,8 @@ def plans(job):
             tp_size=job.rollout_tp,
             ep_size=job.rollout_ep,
             host=hosts[rank],
-            device=rank % job.gpus_per_host,
-            places=EnginePlaces(hosts=hosts, tp_size=job.rollout_tp, rank=rank),
+            device=devices[rank],
+            places=EnginePlaces(hosts=hosts, devices=devices, tp_size=job.rollout_tp, rank=rank),
         )
         for rank in range(ranks)
     ]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mrl.launch.environment import host_environments
-from mrl.trainer.engines import engine_part
+from mrl.trainer.engines import engine_part, part_gpus
 
 
 def parts(*, hosts, ranks_per_host, tp, num_engines):
@@ -43,3 +43,17 @@ def test_an_engine_over_hosts_is_started_by_the_first_rank_on_each():
 @pytest.mark.parametrize(("ranks_per_host", "started"), [(1, [0, 1, 2, 3]), (4, [0])])
 def test_hosts_of_any_size(ranks_per_host, started):
     assert [rank for rank, *_ in parts(hosts=4, ranks_per_host=ranks_per_host, tp=4, num_engines=1)] == started
+
+
+def test_a_part_runs_on_its_ranks_gpus_in_the_engines_order():
+    plan = SimpleNamespace(device="cuda", rollout_tp=4, num_engines=2, beside=(0, 2, 1, 3, 5, 4, 7, 6))
+    for hosts, expected in ((1, {0: (0, 2, 1, 3), 4: (5, 4, 7, 6)}), (2, {0: (0, 2, 1, 3), 4: (1, 0, 3, 2)})):
+        found = {}
+        for host in range(hosts):
+            for env in host_environments(
+                num_nodes=hosts, ranks_per_node=8 // hosts, master_addr="a", master_port=1, node_rank=host
+            ):
+                if engine_part(plan, env) is not None:
+                    found[env.rank] = part_gpus(plan, env)
+        assert found == expected
+    assert part_gpus(SimpleNamespace(device="cpu"), env) == ()
