@@ -126,6 +126,16 @@ def test_few_receivers_take_from_all_replicas_alike():
     assert max(loads) - min(loads) <= max(param.nbytes for param in job.params(4).values())
 
 
+def test_who_sends_reads_its_own_device_in_whatever_order_engine_ranks_lie_there():
+    job = host_job(SPEC, ParallelLayout(world_size=4, tp=2, pp=2), ranks_per_host=2, ranks_per_device=1, tp_size=2)
+    job.devices = (1, 0, 3, 2)
+    device_of = {source.rank: source.device for source in job.sources}
+    plans = job.plans()
+    for rank, plan in enumerate(plans):
+        read = {device_of[op.src_rank] for transfer in plan.sends for op in transfer.copies}
+        assert read == {job.devices[rank]}
+
+
 def test_weights_on_a_host_without_engines_are_refused_with_the_hosts():
     job = host_job(SPEC, ParallelLayout(world_size=4, pp=2), ranks_per_host=2, tp_size=2, num_engines=1)
     with pytest.raises(
