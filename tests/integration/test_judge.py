@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from judge_server import served_judge
 
+from mrl.backends.megatron.preload import preload_megatron
+from mrl.backends.sglang.preload import preload_sglang
 from mrl.backends.sglang.server import find_token
 from mrl.data.embedded import materialise
 from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat
@@ -22,8 +26,25 @@ def make_sample(question: str, response: str) -> Sample:
     return Sample(prompt=prompt, generation=generation, response_text=response)
 
 
+def delay_detokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the detokenizer of a forked server open its sockets seconds after the scheduler is ready."""
+    # Not at the top: Megatron has to be imported first.
+    preload_megatron()
+    preload_sglang()
+    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+
+    opens = DetokenizerManager.init_ipc_channels
+
+    def open_late(self, *args, **kwargs):
+        time.sleep(5)
+        opens(self, *args, **kwargs)
+
+    monkeypatch.setattr(DetokenizerManager, "init_ipc_channels", open_late)
+
+
 def test_a_model_that_sglang_serves_judges_samples(tmp_path, monkeypatch):
     model = materialise(tmp_path).actor_model
+    delay_detokenizer(monkeypatch)
     samples = [make_sample("345", "6789"), make_sample("5", "6")]
 
     monkeypatch.setenv("JUDGE_TOKEN", "open sesame")

@@ -9,6 +9,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ logger = logging.getLogger("mrl.backends.sglang.server")
 
 _OF_ROLLOUTS = ("skip_tokenizer_init", "load_format", "custom_weight_loader", "weight_version")
 """Arguments of an engine that takes and gives token ids and has its weights from a trainer."""
+_ANSWER_S, _PAUSE_S = 300.0, 0.1
 _CPU_ONLY = {
     # SGLang would take half of the machine's memory for its cache.
     "max_total_tokens": 16384,
@@ -113,10 +117,11 @@ def _serve(flags: list[str]) -> None:
     made = _record_ports(sglang_engine.PortArgs)
 
     def announce() -> None:
+        place = join_host_port(parsed.host, parsed.port)
+        _wait_for_answer(f"http://{place}/health_generate")
         # Every process has opened them; without their names nothing is left, however the server ends.
         for path in (path for ports in made for path in files_of(ports)):
             path.unlink(missing_ok=True)
-        place = join_host_port(parsed.host, parsed.port)
         logger.info("judge %s answers at http://%s/v1", parsed.model_path, place)
 
     with tempfile.TemporaryDirectory(prefix="mrl_judge_") as folder:
@@ -126,6 +131,24 @@ def _serve(flags: list[str]) -> None:
             launch_server(parsed, launch_callback=announce)
         finally:
             kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _wait_for_answer(url: str) -> None:
+    """Return when a token has been through all of the server's processes, or none was in a long time.
+
+    SGLang waits for its scheduler only: its detokenizer would look in vain for a name that is gone.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _ANSWER_S
+    # The interpreter waits for this thread when the server was stopped.
+    while time.monotonic() < deadline and threading.main_thread().is_alive():
+        try:
+            with opener.open(url, timeout=_ANSWER_S):
+                return
+        except OSError:
+            # Also an answer of 503: not yet.
+            time.sleep(_PAUSE_S)
+    logger.warning("the judge has not answered so far")
 
 
 def _record_ports(port_args: Any) -> list[Any]:
