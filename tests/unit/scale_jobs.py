@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from model_specs import make_spec
 
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.plan import Plan, build_plan
+from mrl.reshard.routes import EnginePlaces
 from mrl.reshard.spec import MixtureOfExperts, ModelSpec
+from mrl.scale.exports import engine_params, host_name, trainer_exports
 from mrl.scale.job import Job
 
 DENSE = make_spec(
@@ -42,6 +46,28 @@ def job(
         gpus_per_host=gpus_per_host,
         dtype=torch.bfloat16,
     )
+
+
+def plans(job: Job, beside: Sequence[int]) -> list[Plan]:
+    """Of every engine rank, on the GPU of the trainer rank that `beside` names."""
+    sources = trainer_exports(job.spec, job.layout, dtype=job.dtype, gpus_per_host=job.gpus_per_host)
+    targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
+    hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(len(beside)))
+    devices = tuple(rank % job.gpus_per_host for rank in beside)
+    return [
+        build_plan(
+            job.spec,
+            sources,
+            targets,
+            tp_rank=rank % job.rollout_tp,
+            tp_size=job.rollout_tp,
+            ep_size=job.rollout_ep,
+            host=hosts[rank],
+            device=devices[rank],
+            places=EnginePlaces(hosts=hosts, devices=devices, tp_size=job.rollout_tp, rank=rank),
+        )
+        for rank in range(len(beside))
+    ]
 
 
 JOBS = {

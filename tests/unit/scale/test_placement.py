@@ -6,11 +6,8 @@ import dataclasses
 import itertools
 
 import pytest
-from scale_jobs import DENSE, EXPERTS, JOBS, job
+from scale_jobs import DENSE, EXPERTS, JOBS, job, plans
 
-from mrl.reshard.plan import build_plan
-from mrl.reshard.routes import EnginePlaces
-from mrl.scale.exports import engine_params, host_name, trainer_exports
 from mrl.scale.placement import place_engines
 from mrl.scale.traffic import plan_traffic
 
@@ -20,24 +17,7 @@ WIDE = dataclasses.replace(DENSE, num_attention_heads=16, num_key_value_heads=8,
 
 def local_bytes(job, beside) -> int:
     """Of all engine ranks together, from their whole plans."""
-    sources = trainer_exports(job.spec, job.layout, dtype=job.dtype, gpus_per_host=job.gpus_per_host)
-    targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
-    hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(len(beside)))
-    total = 0
-    for rank, trainer_rank in enumerate(beside):
-        plan = build_plan(
-            job.spec,
-            sources,
-            targets,
-            tp_rank=rank % job.rollout_tp,
-            tp_size=job.rollout_tp,
-            ep_size=job.rollout_ep,
-            host=hosts[rank],
-            device=trainer_rank % job.gpus_per_host,
-            places=EnginePlaces(hosts=hosts, tp_size=job.rollout_tp, rank=rank),
-        )
-        total += plan.stats.local_bytes
-    return total
+    return sum(plan.stats.local_bytes for plan in plans(job, beside))
 
 
 @pytest.mark.parametrize(

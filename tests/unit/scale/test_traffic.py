@@ -3,43 +3,19 @@
 import dataclasses
 
 import pytest
-from scale_jobs import DENSE, JOBS, job
+from scale_jobs import DENSE, JOBS, job, plans
 
 from mrl.reshard.layout import as_matrix
-from mrl.reshard.plan import build_plan
-from mrl.reshard.routes import EnginePlaces
-from mrl.scale.exports import engine_params, host_name, trainer_exports
+from mrl.scale.exports import engine_params
 from mrl.scale.placement import place_engines
 from mrl.scale.traffic import plan_traffic
 
 SIZES = ("bytes", "local_bytes", "same_host_bytes", "remote_bytes", "fills", "fill_bytes")
 
 
-def plans(job):
-    sources = trainer_exports(job.spec, job.layout, dtype=job.dtype, gpus_per_host=job.gpus_per_host)
-    targets = engine_params(job.spec, tp=job.rollout_tp, ep=job.rollout_ep, dtype=job.dtype)
-    ranks = job.num_engines * job.rollout_tp
-    hosts = tuple(host_name(rank, job.gpus_per_host) for rank in range(ranks))
-    devices = tuple(rank % job.gpus_per_host for rank in place_engines(job))
-    return [
-        build_plan(
-            job.spec,
-            sources,
-            targets,
-            tp_rank=rank % job.rollout_tp,
-            tp_size=job.rollout_tp,
-            ep_size=job.rollout_ep,
-            host=hosts[rank],
-            device=devices[rank],
-            places=EnginePlaces(hosts=hosts, devices=devices, tp_size=job.rollout_tp, rank=rank),
-        )
-        for rank in range(ranks)
-    ]
-
-
 @pytest.mark.parametrize("case", JOBS)
 def test_ranks_of_a_group_move_what_its_first_one_moves(case):
-    traffic, each = plan_traffic(JOBS[case]), plans(JOBS[case])
+    traffic, each = plan_traffic(JOBS[case]), plans(JOBS[case], place_engines(JOBS[case]))
     assert sorted(rank for group in traffic.groups for rank in group.ranks) == list(range(len(each)))
     assert len(traffic.groups) < len(each)
     for group in traffic.groups:
