@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,37 +29,71 @@ def served_judge(model: Path, log: Path, *, token: str = "") -> Iterator[str]:
     Args:
         token: that requests need; without one they need none.
     """
+    with forked_judge(model, log, token=token) as (process, port, files):
+        _wait_ready(f"http://127.0.0.1:{port}/v1/models", token, process, log)
+        family = family_of(process)
+        assert all(map(is_loopback, listening(family))), listening(family)
+        yield f"http://127.0.0.1:{port}/v1"
+        os.kill(process.pid, signal.SIGTERM)
+        expect_nothing_left(family, files, log)
+
+
+@contextmanager
+def forked_judge(
+    model: Path, log: Path, *, token: str = ""
+) -> Iterator[tuple[multiprocessing.Process, int, Callable[[], set[str]]]]:
+    """A starting server, its port and what lists its files; its processes are killed when the block ends."""
     preload_megatron()
     preload_sglang()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     before = set(os.listdir("/dev/shm"))
-    process = multiprocessing.get_context("fork").Process(target=_serve, args=(str(model), str(port), log, token))
-    process.start()
-    family = [psutil.Process(process.pid)]
-    try:
-        _wait_ready(f"http://127.0.0.1:{port}/v1/models", token, process, log)
-        family += family[0].children(recursive=True)
-        assert all(map(is_loopback, listening(family))), listening(family)
-        yield f"http://127.0.0.1:{port}/v1"
-        os.kill(process.pid, signal.SIGTERM)
-        process.join(60)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert not [relative for relative in alive if relative.status() != psutil.STATUS_ZOMBIE], log.read_text()
-        left = set(os.listdir("/dev/shm")) - before
-        assert not left, f"shared memory was left behind: {sorted(left)}"
-    finally:
-        for relative in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
+    with tempfile.TemporaryDirectory() as folder:
+
+        def files() -> set[str]:
+            return (set(os.listdir("/dev/shm")) - before) | set(os.listdir(folder))
+
+        main = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(str(model), str(port), log, token, folder)
+        )
+        main.start()
+        try:
+            yield main, port, files
+        finally:
+            for relative in family_of(main):
                 relative.kill()
-        process.join(10)
+            main.join(10)
 
 
-def _serve(model: str, port: str, log: Path, token: str) -> None:
+def family_of(process: multiprocessing.Process) -> list[psutil.Process]:
+    """The process and all that descend from it."""
+    try:
+        main = psutil.Process(process.pid)
+        return [main, *main.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def expect_nothing_left(family: list[psutil.Process], files: Callable[[], set[str]], log: Path) -> None:
+    """Wait for the server's processes to end and its files to go.
+
+    Raises:
+        AssertionError: one is left after a minute.
+    """
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not [relative for relative in alive if relative.status() != psutil.STATUS_ZOMBIE], log.read_text()
+    deadline = time.monotonic() + 10
+    while left := files():
+        assert time.monotonic() < deadline, f"left behind: {sorted(left)}"
+        time.sleep(0.05)
+
+
+def _serve(model: str, port: str, log: Path, token: str, folder: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    tempfile.tempdir = folder
     os.environ["JUDGE_TOKEN"] = token
     os._exit(server.main([model, "--port", port, *(["--api-key-env", "JUDGE_TOKEN"] if token else [])]))
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from judge_server import served_judge
+from judge_server import expect_nothing_left, family_of, forked_judge, served_judge
 
-from mrl.backends.megatron.preload import preload_megatron
-from mrl.backends.sglang.preload import preload_sglang
 from mrl.backends.sglang.server import find_token
 from mrl.data.embedded import materialise
 from mrl.rewards.judge import JudgeReward, JudgeSettings, ScoreFormat
@@ -26,25 +24,8 @@ def make_sample(question: str, response: str) -> Sample:
     return Sample(prompt=prompt, generation=generation, response_text=response)
 
 
-def delay_detokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the detokenizer of a forked server open its sockets seconds after the scheduler is ready."""
-    # Not at the top: Megatron has to be imported first.
-    preload_megatron()
-    preload_sglang()
-    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-
-    opens = DetokenizerManager.init_ipc_channels
-
-    def open_late(self, *args, **kwargs):
-        time.sleep(5)
-        opens(self, *args, **kwargs)
-
-    monkeypatch.setattr(DetokenizerManager, "init_ipc_channels", open_late)
-
-
 def test_a_model_that_sglang_serves_judges_samples(tmp_path, monkeypatch):
     model = materialise(tmp_path).actor_model
-    delay_detokenizer(monkeypatch)
     samples = [make_sample("345", "6789"), make_sample("5", "6")]
 
     monkeypatch.setenv("JUDGE_TOKEN", "open sesame")
@@ -70,6 +51,20 @@ def test_a_model_that_sglang_serves_judges_samples(tmp_path, monkeypatch):
     assert all(outcome.score in range(10) for outcome in first)
     assert all("got an answer without 'score: (x)'" in str(outcome.error) for outcome in unreadable)
     assert all("AuthenticationError" in str(outcome.error) for outcome in refused)
+
+
+def test_a_judge_killed_while_it_starts_leaves_nothing(tmp_path):
+    log = tmp_path / "judge.log"
+    with forked_judge(materialise(tmp_path).actor_model, log) as (process, _, files):
+        deadline = time.monotonic() + 120
+        # Shared memory, which the scheduler makes.
+        while not any(name.startswith("sglang_loads_") for name in files()):
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.05)
+        family = family_of(process)
+        process.kill()
+        expect_nothing_left(family, files, log)
 
 
 def test_a_judge_that_other_hosts_can_ask_needs_a_token(monkeypatch):

@@ -13,11 +13,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mrl.backends.sglang.arguments import child_environment, server_args
+from mrl.backends.sglang.leftovers import Leftovers
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.launch.addresses import join_host_port
 from mrl.observability.console import setup_logging
@@ -107,37 +109,30 @@ def _serve(flags: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    from mrl.backends.sglang.launch import files_of
-
     parsed = prepare_server_args(flags)
     if parsed.device == "cpu":
         os.environ.update(child_environment("cpu", parsed.tp_size))
         sglang_engine.mp = _Forking()
-
-    made = _record_ports(sglang_engine.PortArgs)
+    leftovers = Leftovers()
+    _remove_files_of_ports(sglang_engine.PortArgs, leftovers)
+    folder = tempfile.mkdtemp(prefix="mrl_judge_")
+    leftovers.add(Path(folder))
+    # Its processes would meet at a port that listens on every interface.
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
 
     def announce() -> None:
         place = join_host_port(parsed.host, parsed.port)
         _wait_for_answer(f"http://{place}/health_generate")
-        # Every process has opened them; without their names nothing is left, however the server ends.
-        for path in (path for ports in made for path in files_of(ports)):
-            path.unlink(missing_ok=True)
         logger.info("judge %s answers at http://%s/v1", parsed.model_path, place)
 
-    with tempfile.TemporaryDirectory(prefix="mrl_judge_") as folder:
-        # Its processes would meet at a port that listens on every interface.
-        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
-        try:
-            launch_server(parsed, launch_callback=announce)
-        finally:
-            kill_process_tree(os.getpid(), include_parent=False)
+    try:
+        launch_server(parsed, launch_callback=announce)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
 
 
 def _wait_for_answer(url: str) -> None:
-    """Return when a token has been through all of the server's processes, or none was in a long time.
-
-    SGLang waits for its scheduler only: its detokenizer would look in vain for a name that is gone.
-    """
+    """Return when a token has been through all of the server's processes, or none was in a long time."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _ANSWER_S
     # The interpreter waits for this thread when the server was stopped.
@@ -151,17 +146,19 @@ def _wait_for_answer(url: str) -> None:
     logger.warning("the judge has not answered so far")
 
 
-def _record_ports(port_args: Any) -> list[Any]:
-    """A list that will hold the ports of the server: SGLang leaves the files that it makes for them."""
-    made: list[Any] = []
+def _remove_files_of_ports(port_args: Any, leftovers: Leftovers) -> None:
+    """Have the files removed that SGLang makes for its ports and leaves."""
+    from mrl.backends.sglang.launch import files_of
+
     choose = port_args.init_new
 
     def init_new(*args: Any, **kwargs: Any) -> Any:
-        made.append(choose(*args, **kwargs))
-        return made[-1]
+        ports = choose(*args, **kwargs)
+        for path in files_of(ports):
+            leftovers.add(path)
+        return ports
 
     port_args.init_new = staticmethod(init_new)
-    return made
 
 
 class _Forking:
