@@ -104,8 +104,6 @@ def main() -> None:
     arguments = parser.parse_args()
     # Megatron relies on one hardware queue to start communication before the product it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # The ordinary check initialises the driver, after which forked ranks cannot use CUDA.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Megatron has a few small functions compiled; processes to do that beside each other take longer to start.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     longest = max(length for _, length in (TINY_BATCHES if arguments.tiny else BATCHES))

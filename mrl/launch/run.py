@@ -80,8 +80,6 @@ def _refuse_restarts(max_restarts: int) -> None:
 
 
 def _prepare_process() -> None:
-    # The ordinary check initialises the driver, after which forked ranks cannot use CUDA.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Megatron relies on one hardware queue to start communication before the matmul it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Its thread, which only redraws stalled bars, would be in the way of forks.

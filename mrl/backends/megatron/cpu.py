@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import sys
 import types
 import warnings
@@ -60,8 +59,6 @@ def prepare_megatron() -> None:
     Raises:
         RuntimeError: megatron-core was imported before, on a machine without CUDA.
     """
-    # Asking the driver instead of NVML would initialise CUDA, and ranks forked from this process could not use it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not torch.cuda.is_available():
         if "megatron.core" in sys.modules:
             raise RuntimeError("megatron.core was imported before mrl.backends.megatron; import the latter first")

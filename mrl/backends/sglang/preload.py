@@ -25,8 +25,6 @@ def preload_sglang() -> None:
     An engine forked from this process starts in about 1 s instead of half a minute. On CPU it also sets
     OMP_NUM_THREADS=1 and TORCHDYNAMO_DISABLE=1, where they are not set: SGLang reads them when it is imported.
     """
-    # The ordinary check initialises the driver, after which forked children cannot use CUDA.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

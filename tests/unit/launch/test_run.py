@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mrl.config.load import load_config
+from mrl.data.embedded import materialise
 from mrl.launch import run
 from mrl.launch.run import launch
 
@@ -38,23 +40,17 @@ def test_restarts_are_refused_where_each_rank_is_a_task_of_its_own(launcher, tmp
 
 
 _PREPARE = """
-import os, sys
-from pathlib import Path
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+import sys
 import torch
 folder = sys.argv[1]
 
 def touch(*args):
     raise SystemExit("CUDA was touched in the launching process")
 
-def pretend_one_gpu():
-    torch.cuda._raw_device_count_nvml = lambda: 1
-    for name in ("_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_init"):
-        setattr(torch._C, name, touch)
+torch.cuda._raw_device_count_nvml = lambda: 1
+for name in ("_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_init"):
+    setattr(torch._C, name, touch)
 
-from mrl.data.embedded import materialise
-materialise(Path(folder) / "embedded")
-pretend_one_gpu()
 from mrl.config.load import load_config
 from mrl.launch import run
 from mrl.trainer.inputs import load_inputs
@@ -75,8 +71,13 @@ def test_what_a_launching_process_does_before_it_forks_gpu_ranks_starts_no_cuda(
         "critic.megatron.pipeline_model_parallel_size=1",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     ]
+    # By a process of its own, as a launching process has it done: that one imports what starts CUDA.
+    materialise(tmp_path / "embedded")
     command = [sys.executable, "-c", _PREPARE, str(tmp_path), *one]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3], env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
