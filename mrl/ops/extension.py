@@ -44,13 +44,15 @@ def backend() -> Any:
 
 
 def load(library: Path) -> Any:
-    """Load a built extension into this process and return `torch.ops.mrl`.
+    """Load a built extension, unless this process has one, and return `torch.ops.mrl`.
 
     Raises:
         OSError: the library was built for another torch or another machine; remove it.
     """
-    torch.ops.load_library(library)
-    fake.register()
+    # A second build, from another folder, would end the process: its ops have the names of the first.
+    if not hasattr(torch.ops.mrl, "build_tiles"):
+        torch.ops.load_library(library)
+        fake.register()
     return torch.ops.mrl
 
 
