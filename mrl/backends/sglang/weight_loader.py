@@ -118,7 +118,9 @@ def _give_up(model: nn.Module, control: Mapping[str, Any], error: Exception) -> 
         # The store may be the very thing that failed; the error at hand says more.
         with suppress(dist.DistError):
             group.give_up(str(control["round"]), f"{type(error).__name__}: {error}")
-    _forget()
+    # Nothing can be unmapped after an illegal access, and its error is the one to report.
+    with suppress(RuntimeError):
+        _forget()
 
 
 def _forget() -> None:
