@@ -175,7 +175,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, fl
     alone: list[float] = []
     try:
         alone = train(config, compare=not arguments.demo)
-    except (RankFailure, KeyboardInterrupt):
+    except (RankFailure, TimeoutError, KeyboardInterrupt):
         traceback.print_exc()
     if not (run_dir / "metrics.jsonl").is_file():
         return [], 0.0
