@@ -42,6 +42,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    return_routed_experts: bool = False
+    """Whether an engine that was started for it reports the experts of every token."""
 
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -58,6 +60,9 @@ class Generation:
     `array("f")` likewise."""
     finish_reason: FinishReason
     weight_version: int
+    routed_experts: Tensor | None = None
+    """[prompt + response - 1, layers k] uint8 or int16, where asked for: the k experts to which the engine sent each
+    token, layer by layer. The last token has none: the engine never runs it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,6 +106,8 @@ class TrainBatch:
     accepted: Tensor | None = None
     """[B, T] bool, from rollout correction: False on tokens that the actor's loss leaves out. Advantages and the
     critic see `loss_mask` alone."""
+    routed_experts: Sequence[Tensor] | None = None
+    """Of each sample, as `Generation.routed_experts`; unlike the tensors, neither padded nor ever copied."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -108,7 +115,11 @@ class TrainBatch:
     def select(self, indices: Sequence[int] | Tensor | slice) -> TrainBatch:
         """The samples at `indices`, in that order, with the same padded width; a slice of them shares their memory."""
         index = indices if isinstance(indices, slice) else torch.as_tensor(indices, dtype=torch.long)
-        return self._map(lambda tensor: tensor[index])
+        selected = self.map_tensors(lambda tensor: tensor[index])
+        if self.routed_experts is None:
+            return selected
+        chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+        return replace(selected, routed_experts=[self.routed_experts[sample] for sample in chosen])
 
     def trim(self, multiple: int = 1) -> TrainBatch:
         """The same samples cut to the longest of them, rounded up to `multiple` tokens (padding with zeros)."""
@@ -120,7 +131,7 @@ class TrainBatch:
             short = width - tensor.shape[1]
             return torch.nn.functional.pad(tensor, (0, short)) if short > 0 else tensor[:, :width]
 
-        return self._map(cut)
+        return self.map_tensors(cut)
 
     def required(self, name: str) -> Tensor:
         """The named field; raises ValueError if no earlier stage has filled it in."""
@@ -133,9 +144,12 @@ class TrainBatch:
         """A copy with the named fields replaced."""
         return replace(self, **tensors)  # type: ignore[arg-type]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        """A copy with `function` of every tensor that has a row for each sample."""
         present = {item.name: getattr(self, item.name) for item in fields(self)}
-        return TrainBatch(**{name: function(tensor) for name, tensor in present.items() if tensor is not None})
+        return self.with_fields(
+            **{name: function(tensor) for name, tensor in present.items() if isinstance(tensor, Tensor)}
+        )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

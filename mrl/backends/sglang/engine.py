@@ -180,7 +180,7 @@ class SGLangEngine:
         if not prompts:
             return []
         outputs: dict[int, dict[str, Any]] = {}
-        work = self._answer_all([list(prompt) for prompt in prompts], sampling_dict(params), outputs)
+        work = self._answer_all([list(prompt) for prompt in prompts], params, outputs)
         generations = self._generate(work, params, outputs)
         return [generations[index] for index in range(len(prompts))]
 
@@ -191,7 +191,7 @@ class SGLangEngine:
         """
         self._require_valid_weights()
         outputs: dict[int, dict[str, Any]] = {}
-        work = self._drain(take, sampling_dict(params), outputs, max_new_tokens=params.max_new_tokens, window=window)
+        work = self._drain(take, params, outputs, window=window)
         return self._generate(work, params, outputs)
 
     def update_weights(self, control: Mapping[str, Any], *, weight_version: int, redo: int = 0) -> WeightUpdateReport:
@@ -289,30 +289,35 @@ class SGLangEngine:
         return _generations_of(outputs, params)
 
     async def _answer_all(
-        self, prompts: list[list[int]], sampling: Mapping[str, Any], outputs: dict[int, dict[str, Any]]
+        self, prompts: list[list[int]], params: SamplingParams, outputs: dict[int, dict[str, Any]]
     ) -> None:
         """All prompts in one message; answers are there as soon as they are complete."""
         request = GenerateReqInput(
             input_ids=prompts,
-            sampling_params={**sampling, "stream_interval": _NEVER},
+            sampling_params={**sampling_dict(params), "stream_interval": _NEVER},
             return_logprob=True,
+            return_routed_experts=params.return_routed_experts,
             stream=True,
         )
         async for output in self._supervisor.manager.generate_request(request, None):
             if output["meta_info"]["finish_reason"] is not None:
                 outputs[output["index"]] = output
 
-    async def _answer(self, prompt: list[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-        request = GenerateReqInput(input_ids=prompt, sampling_params=dict(sampling), return_logprob=True)
+    async def _answer(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
+        request = GenerateReqInput(
+            input_ids=prompt,
+            sampling_params=sampling_dict(params),
+            return_logprob=True,
+            return_routed_experts=params.return_routed_experts,
+        )
         return await self._supervisor.manager.generate_request(request, None).__anext__()
 
     async def _drain(
         self,
         take: TakePrompts,
-        sampling: Mapping[str, Any],
+        params: SamplingParams,
         outputs: dict[int, dict[str, Any]],
         *,
-        max_new_tokens: int,
         window: int,
     ) -> None:
         running: dict[asyncio.Task[dict[str, Any]], int] = {}
@@ -323,9 +328,9 @@ class SGLangEngine:
                 taken = take(free)
                 exhausted = not taken
                 check_prompts(
-                    [prompt for _, prompt in taken], max_new_tokens=max_new_tokens, max_tokens=self._max_tokens
+                    [prompt for _, prompt in taken], max_new_tokens=params.max_new_tokens, max_tokens=self._max_tokens
                 )
-                running |= {asyncio.ensure_future(self._answer(list(ids), sampling)): index for index, ids in taken}
+                running |= {asyncio.ensure_future(self._answer(list(ids), params)): index for index, ids in taken}
             if running:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 outputs |= {running.pop(task): task.result() for task in done}
@@ -386,4 +391,4 @@ class SGLangEngine:
 
 
 def _generations_of(outputs: Mapping[int, dict[str, Any]], params: SamplingParams) -> dict[int, Generation]:
-    return {index: generation_of(output, max_new_tokens=params.max_new_tokens) for index, output in outputs.items()}
+    return {index: generation_of(output, params) for index, output in outputs.items()}

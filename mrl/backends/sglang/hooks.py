@@ -19,6 +19,8 @@ import torch.distributed as dist
 from mrl.backends.sglang import aliasing, graphs, status, weight_loader
 
 GROUP_INIT = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
+ROUTING_CAPTURE = "sglang.srt.model_executor.model_runner.ModelRunner.init_routed_experts_capturer"
+ROUTING_CACHE = "sglang.srt.state_capturer.base.BaseHostCache.__init__"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 LOADER = f"{_UPDATER}.update_weights_from_tensor"
 OTHER_LOADERS = [f"{_UPDATER}.update_weights_from_{source}" for source in ("disk", "distributed", "ipc")]
@@ -43,6 +45,8 @@ def register() -> None:
 
     if not torch.cuda.is_available():
         HookRegistry.register(GROUP_INIT, without_cuda_collectives, HookType.AROUND)
+        HookRegistry.register(ROUTING_CACHE, without_pinned_memory, HookType.AROUND)
+    HookRegistry.register(ROUTING_CAPTURE, capture_every_layer, HookType.AROUND)
     HookRegistry.register(LOADER, report_every_rank, HookType.AROUND)
     HookRegistry.register(UPDATE, fail_instead_of_assert, HookType.AROUND)
     for target in OTHER_LOADERS:
@@ -59,6 +63,23 @@ def without_cuda_collectives(original: Callable[..., None], *args: Any, **kwargs
         if name in kwargs:
             kwargs[name] = False
     original(*args, **kwargs)
+
+
+def capture_every_layer(original: Callable[..., None], model_runner: Any) -> None:
+    """Prepare to note the experts of every token, also in models that do not tell their routers which layer it is."""
+    for block in model_runner.model.modules():
+        router = getattr(block, "topk", None)
+        if isinstance(router, torch.nn.Module) and router.layer_id is None:
+            router.layer_id = block.experts.layer_id
+    original(model_runner)
+
+
+def without_pinned_memory(
+    original: Callable[..., None], cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str
+) -> None:
+    """Build the cache of each token's experts in memory that needs no CUDA."""
+    cache.num_tokens, cache.num_layers, cache.topk_size, cache.name = num_tokens, num_layers, topk_size, name
+    cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
 
 
 def report_every_rank(original: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:

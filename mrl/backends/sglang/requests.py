@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mrl.interfaces import EngineError
 from mrl.types import FinishReason, Generation, SamplingParams
@@ -65,12 +68,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_
             )
 
 
-def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generation:
-    """One answer of SGLang.
+def generation_of(output: Mapping[str, Any], params: SamplingParams) -> Generation:
+    """One answer of SGLang to a request with these parameters.
 
     Raises:
         EngineError: log-probs that are missing, not finite or of probability 0; an answer ended by NaN logits, or cut
-            before `max_new_tokens` because the engine ran out of room.
+            before `max_new_tokens` because the engine ran out of room; experts missing that were asked for.
     """
     meta = output["meta_info"]
     response_ids = array("i", output["output_ids"])
@@ -78,10 +81,10 @@ def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generati
     reason = meta["finish_reason"]
     if reason["type"] == "stop" and not isinstance(reason.get("matched"), int):
         raise EngineError(f"engine stopped a response for {reason.get('matched')!r}; are its weights finite?")
-    if reason["type"] == "length" and len(response_ids) < max_new_tokens:
+    if reason["type"] == "length" and len(response_ids) < params.max_new_tokens:
         raise EngineError(
-            f"engine cut a response at {len(response_ids)} of {max_new_tokens} tokens; raise max_total_tokens or "
-            "context_length"
+            f"engine cut a response at {len(response_ids)} of {params.max_new_tokens} tokens; raise max_total_tokens "
+            "or context_length"
         )
     if len(log_probs) != len(response_ids):
         raise EngineError(f"engine returned {len(log_probs)} log-probs for {len(response_ids)} tokens")
@@ -92,4 +95,20 @@ def generation_of(output: Mapping[str, Any], *, max_new_tokens: int) -> Generati
         rollout_log_probs=array("f", log_probs.astype(np.float32).tobytes()),
         finish_reason=cast(FinishReason, reason["type"]),
         weight_version=int(meta["weight_version"]),
+        routed_experts=_routed_experts(meta, len(response_ids)) if params.return_routed_experts else None,
     )
+
+
+def _routed_experts(meta: Mapping[str, Any], response_length: int) -> Tensor:
+    """[prompt + response - 1, layers k] int16."""
+    text = meta.get("routed_experts")
+    if text is None:
+        raise EngineError(
+            "engine did not report the experts of its tokens; start it with engine_kwargs "
+            "enable_return_routed_experts=True, and with a model that has experts"
+        )
+    numbers = np.frombuffer(base64.b64decode(text), dtype=np.int32).astype(np.int16)
+    rows = int(meta["prompt_tokens"]) + response_length - 1
+    if len(numbers) == 0 or len(numbers) % rows:
+        raise EngineError(f"engine reported {len(numbers)} experts for {rows} tokens, not equally many for each")
+    return torch.from_numpy(numbers).view(rows, -1)
