@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mrl.types import Prompt, Sample, TrainBatch
 
@@ -37,6 +38,7 @@ def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int =
         lengths=torch.tensor(lengths),
         loss_mask=torch.zeros(shape, dtype=torch.bool),
         rollout_log_probs=torch.zeros(shape),
+        routed_experts=_routed_experts(samples),
     )
     _fill(batch, samples, prompts, lengths)
     return batch
@@ -54,6 +56,15 @@ def _fill(batch: TrainBatch, samples: Sequence[Sample], prompts: Sequence[int], 
         loss_mask[row, prompt:length] = True
         rollout_log_probs[row, prompt:length] = sample.generation.rollout_log_probs
         last = sample.prompt
+
+
+def _routed_experts(samples: Sequence[Sample]) -> list[Tensor] | None:
+    """Of all samples, or None where the engines did not report them."""
+    experts = [sample.generation.routed_experts for sample in samples]
+    present = [each for each in experts if each is not None]
+    if present and len(present) < len(experts):
+        raise ValueError(f"only {len(present)} of {len(experts)} samples come with their routed experts")
+    return present or None
 
 
 def decode_responses(samples: Sequence[Sample], tokenizer: Decoder) -> list[str]:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport, update_round
 from mrl.parallel.agreement import gather_results
@@ -25,8 +23,8 @@ from mrl.reshard.layout import SourceRank
 from mrl.reshard.peer_sums import check_peer_sums
 from mrl.reshard.spec import ModelSpec
 from mrl.rollout.control import UpdateControl
+from mrl.rollout.exchange import GenerationExchange
 from mrl.rollout.queue import SharedQueue, open_store
-from mrl.rollout.wire import decode, encode
 from mrl.types import Generation, Prompt, Sample, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -134,6 +132,7 @@ class ColocatedRollout:
             copy_engines=copy_engines,
             timeout_s=reshard_timeout_s,
         )
+        self._exchange = GenerationExchange([each.host for each in sources], spec, rank=self._rank)
         self._store = open_store()
         self.metrics: dict[str, float] = {}
         """Of the last `generate`; `rollout/engine_s` is the time until all engines were done."""
@@ -154,9 +153,10 @@ class ColocatedRollout:
         generations: dict[int, Generation] = {}
         while missing := [index for index in range(len(prompts)) if index not in generations]:
             round_begin = time.perf_counter()
-            sizes, mine, deaths = self._generate_round({index: prompts[index] for index in missing}, params)
+            asked = {index: prompts[index] for index in missing}
+            mine, deaths = self._generate_round(asked, params)
             engine_s += time.perf_counter() - round_begin
-            generations |= self._exchange(mine, sizes)
+            generations |= self._exchange.gather(mine, asked, with_experts=params.return_routed_experts)
             if deaths:
                 self._revive(deaths, f"{len(prompts) - len(generations)} of {len(prompts)} prompts are generated again")
                 self._pull_again()
@@ -202,27 +202,24 @@ class ColocatedRollout:
 
     def _generate_round(
         self, prompts: Mapping[int, Prompt], params: SamplingParams
-    ) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor], list[_Death]]:
-        """Have all engines answer the prompts; sizes of every leader's answers, this rank's, and who died on the way.
+    ) -> tuple[dict[int, Generation], list[_Death]]:
+        """Have all engines answer the prompts; this rank's answers, and who died on the way.
 
         The engines that live take what a dead one left in the queue.
         """
         self._rounds += 1
         queue = SharedQueue(self._store, f"rollout/{self._rounds}", len(prompts))
-        mine = encode({})
+        mine: dict[int, Generation] = {}
 
-        def work(engine: StreamingEngine) -> tuple[tuple[int, int], _Death | None]:
-            nonlocal mine
-            death = None
+        def work(engine: StreamingEngine) -> list[_Death]:
             try:
-                found = self._respond(engine, queue, prompts, params)
+                mine.update(self._respond(engine, queue, prompts, params))
             except EngineDiedError as error:
-                found, death = error.finished, _Death(rank=self._rank, reason=str(error))
-            mine = encode(found)
-            return (mine[0].numel(), mine[1].numel()), death
+                mine.update(error.finished)
+                return [_Death(rank=self._rank, reason=str(error))]
+            return []
 
-        outcomes = self._on_leaders(work, on_error=queue.close)
-        return [sizes for sizes, _ in outcomes], mine, [death for _, death in outcomes if death is not None]
+        return mine, [death for deaths in self._on_leaders(work, on_error=queue.close) for death in deaths]
 
     def _pull(self, version: int, *, redo: int = 0) -> list[WeightUpdateReport]:
         """Every engine's report of its update to `version`, with engines that die on the way restarted."""
@@ -340,20 +337,6 @@ class ColocatedRollout:
                 raise
 
         return [result for result in gather_results(attempt) if result is not None]
-
-    def _exchange(self, mine: tuple[Tensor, Tensor], sizes: Sequence[tuple[int, int]]) -> dict[int, Generation]:
-        """Every leader's generations, on every rank."""
-        generations: dict[int, Generation] = {}
-        for leader, (num_numbers, num_log_probs) in zip(self._leaders, sizes, strict=True):
-            numbers, log_probs = mine
-            if leader != self._rank:
-                numbers = torch.empty(num_numbers, dtype=torch.int32)
-                log_probs = torch.empty(num_log_probs, dtype=torch.float32)
-            if self._world_size > 1 and num_numbers:
-                dist.broadcast(numbers, src=leader)
-                dist.broadcast(log_probs, src=leader)
-            generations |= decode(numbers, log_probs)
-        return generations
 
 
 def _reshard_metrics(reports: Sequence[WeightUpdateReport], seconds: float) -> dict[str, float]:

@@ -37,6 +37,26 @@ def test_other_samples_change_nothing_but_the_padding():
     assert not beside.loss_mask[0, 4:].any()
 
 
+def test_experts_go_with_their_samples_uncopied():
+    samples = [sample([5, 6], [7, 8]), sample([9], [4]), sample([3], [1, 2])]
+    for number, each in enumerate(samples):
+        each.generation.routed_experts = torch.full((3, 4), number, dtype=torch.uint8)
+    batch = build_batch(samples, pad_token_id=0)
+    for selected, numbers in (
+        (batch.select([2, 0]), [2, 0]),
+        (batch.select(torch.tensor([1])), [1]),
+        (batch.select(slice(1, 3)).trim(), [1, 2]),
+        (batch.map_tensors(torch.clone), [0, 1, 2]),
+    ):
+        experts = selected.routed_experts
+        assert [int(each[0, 0]) for each in experts] == numbers
+        assert [each.data_ptr() for each in experts] == [batch.routed_experts[each].data_ptr() for each in numbers]
+    samples[1].generation.routed_experts = None
+    with pytest.raises(ValueError, match="only 2 of 3 samples come with their routed experts"):
+        build_batch(samples, pad_token_id=0)
+    assert build_batch(samples[1:2], pad_token_id=0).routed_experts is None
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
