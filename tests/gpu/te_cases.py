@@ -9,8 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from family_configs import FAMILY_CONFIGS
+from forced_experts import ForcedReference, batch_with_experts
 from hugging_face import checkpoint_state
-from megatron_reference import OPTIMIZER, TEMPERATURE, load_reference, make_batch, policy_loss, save_random_model
+from megatron_reference import (
+    OPTIMIZER,
+    TEMPERATURE,
+    Reference,
+    load_reference,
+    make_batch,
+    policy_loss,
+    save_random_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +29,7 @@ from mrl.backends.megatron.optimizer import DataParallelSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
-from mrl.types import MicroBatchLimit
+from mrl.types import MicroBatchLimit, TrainBatch
 
 VOCAB = 500
 FEW_TOKENS = MicroBatchLimit(tokens=40)
@@ -49,23 +58,30 @@ ON_TWO_EXPERTS: dict[str, dict[str, Any]] = {
     "ep2 packed": {"layout": {"ep": 2}, "packed": True},
     "etp2 packed": {"layout": {"etp": 2}, "packed": True, "limit": FEW_TOKENS},
 }
+REPLAYED = {"packed": True, "router_replay": True, "recompute": Recompute(granularity="full")}
 
 
 def prepare(folder: Path) -> tuple[dict[str, str], dict[str, tuple[Any, ...]]]:
-    """A random model of every family, and what transformers makes of each."""
+    """A random model of every family, and what transformers makes of each; of some also with experts forced on it."""
     models = {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
-    return models, {name: train_reference(path) for name, path in models.items()}
+    references = {name: train_reference(load_reference(path), mini_batches()) for name, path in models.items()}
+    for family in EXPERTS:
+        forced = ForcedReference(load_reference(models[family]).model)
+        references[f"{family} replayed"] = train_reference(forced, mini_batches(family))
+    return models, references
 
 
-def mini_batches() -> list:
+def mini_batches(replayed: str = "") -> list[TrainBatch]:
+    """Two of them; with experts to replay where a family is named."""
+    if replayed:
+        return [batch_with_experts(VOCAB, replayed, seed=seed) for seed in range(2)]
     return [make_batch(VOCAB, 7, seed=seed) for seed in range(2)]
 
 
-def train_reference(path: str) -> tuple[Any, ...]:
-    reference = load_reference(path)
+def train_reference(reference: Reference, batches: list[TrainBatch]) -> tuple[Any, ...]:
     with torch.no_grad():
-        log_probs = reference.outputs(mini_batches()[0])["log_probs"]
-    log = reference.train(mini_batches(), policy_loss)
+        log_probs = reference.outputs(batches[0])["log_probs"]
+    log = reference.train(batches, policy_loss)
     return log_probs, log, checkpoint_state(reference.model)
 
 
@@ -85,12 +101,12 @@ def build(path: str, *, dtype: str = "float32", layout: dict[str, Any] | None = 
     )
 
 
-def train(path: str, options: dict[str, Any]) -> tuple[Any, ...]:
-    options = dict(options)
+def train(path: str, options: dict[str, Any], replayed: str = "") -> tuple[Any, ...]:
+    options, batches = dict(options), mini_batches(replayed)
     limit = options.pop("limit", MicroBatchLimit(samples=2))
     engine = build(path, **options)
-    log_probs = engine.compute_log_probs(mini_batches()[0], limit=limit)
-    log = [engine.update(batch, policy_loss(batch), limit=limit, with_entropy=True) for batch in mini_batches()]
+    log_probs = engine.compute_log_probs(batches[0], limit=limit)
+    log = [engine.update(batch, policy_loss(batch), limit=limit, with_entropy=True) for batch in batches]
     weights = written_weights(engine)
     engine.close()
     return log_probs, log, weights
@@ -114,6 +130,10 @@ def train_all(models: dict[str, str], cases: dict[str, dict[str, Any]], families
     return {f"{family}, {case}": train(models[family], cases[case]) for family in families for case in cases}
 
 
+def replay_all(models: dict[str, str], **options: Any) -> dict[str, Any]:
+    return {f"{family} replayed, packed": train(models[family], REPLAYED | options, family) for family in EXPERTS}
+
+
 def bf16_log_probs(path: str, **options: Any) -> Tensor:
     engine = build(path, dtype="bfloat16", **options)
     log_probs = engine.compute_log_probs(mini_batches()[0], limit=FEW_TOKENS)
@@ -123,11 +143,12 @@ def bf16_log_probs(path: str, **options: Any) -> Tensor:
 
 def run_on_one(models: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Trainings in float32, and log-probs of packs in bfloat16, which fused attention needs."""
-    trained = train_all(models, ON_ONE, (*DENSE, *EXPERTS))
+    trained = train_all(models, ON_ONE, (*DENSE, *EXPERTS)) | replay_all(models)
     return trained, {family: bf16_log_probs(path, packed=True) for family, path in models.items()}
 
 
 def run_on_two(models: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The same over two GPUs; sequences that are shared run in bfloat16 only."""
     trained = train_all(models, ON_TWO, ("qwen2", "qwen3")) | train_all(models, ON_TWO_EXPERTS, EXPERTS)
+    trained |= replay_all(models, layout={"tp": 2, "ep": 2, "sequence_parallel": True})
     return trained, {"qwen2": bf16_log_probs(models["qwen2"], packed=True, layout={"cp": 2})}

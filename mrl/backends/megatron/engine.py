@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from mrl.backends.megatron.model import ModelChunk
 from mrl.backends.megatron.offload import OffloadSettings, RoleOffload
 from mrl.backends.megatron.outputs import log_prob_output, value_output
 from mrl.backends.megatron.role_state import RoleState
+from mrl.backends.megatron.router_replay import RouterReplay
 from mrl.backends.megatron.schedule import MicroBatch, Schedule
 from mrl.interfaces import LossFn
 from mrl.launch.addresses import LOOPBACK
@@ -40,7 +41,8 @@ from mrl.reshard.layout import SourceRank
 from mrl.reshard.spec import ModelSpec
 from mrl.types import Metric, MicroBatchLimit, TrainBatch
 
-_RESERVED = ("loss", "grad_norm", "lr")
+_REPLAY = "router_replay_changed_fraction"
+_RESERVED = ("loss", "grad_norm", "lr", _REPLAY)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -61,6 +63,8 @@ class EngineParts:
     layout: ParallelLayout
     chunks: list[ModelChunk]
     schedule: Schedule
+    replay: RouterReplay | None
+    """Of the experts that the engine has chosen; None where the model's routers choose."""
     training: TrainingParts | None
     spec: ModelSpec
     temperature: float
@@ -113,6 +117,9 @@ class MegatronEngine:
     ) -> dict[str, float]:
         """One optimizer step; returns the reduced metrics, with `loss`, `grad_norm` and the `lr` it was made with.
 
+        With router replay also `router_replay_changed_fraction`: of the engine's choices of experts, those that the
+        model would have made otherwise.
+
         Raises:
             FloatingPointError: a gradient or the gradient norm is not finite; the step was not made in the first
                 case. Raised on all ranks.
@@ -125,7 +132,10 @@ class MegatronEngine:
             self._offload.begin_update()
             _zero_gradients(training)
             contributions = self._parts.schedule.forward_backward(micro_batches, guarded)
-            metrics = merge_ranks(gather_results(lambda: self._report(guarded, contributions)))
+            reports = gather_results(lambda: (self._report(guarded, contributions), self._count_changed()))
+            metrics = merge_ranks(report for report, _ in reports)
+            if self._parts.replay is not None:
+                metrics[_REPLAY] = sum(changed for _, (changed, _) in reports) / sum(made for _, (_, made) in reports)
             lr = float(training.optimizer.param_groups[0]["lr"])
             self._offload.need_optimizer()
             grad_norm = _step(training)
@@ -229,6 +239,8 @@ class MegatronEngine:
     def _micro_batches(self, batch: TrainBatch, limit: MicroBatchLimit) -> list[MicroBatch]:
         """This data-parallel rank's share, on the device."""
         parts = self._parts
+        if parts.replay is not None and batch.routed_experts is None:
+            raise ValueError("this role replays the engine's choice of experts, and the batch has no routed_experts")
         lengths = batch.lengths.tolist()
         rules = PlanRules(
             dp_size=parts.groups.dp.size(),
@@ -243,7 +255,11 @@ class MegatronEngine:
     def _micro_batch(self, batch: TrainBatch, indices: list[int], stand_in: int) -> MicroBatch:
         packed, multiple = self._parts.packed, self._parts.schedule.width_multiple
         chosen = indices or [stand_in]
-        selected = _on_device(batch.select(chosen).trim(1 if packed else multiple), self._parts.device)
+        selected = (
+            batch.select(chosen)
+            .trim(1 if packed else multiple)
+            .map_tensors(lambda tensor: tensor.to(self._parts.device))
+        )
         inputs = packed_inputs(selected, multiple=multiple, place=self._place) if packed else padded_inputs(selected)
         return MicroBatch(batch=selected, inputs=inputs, indices=chosen, is_filler=not indices)
 
@@ -261,6 +277,9 @@ class MegatronEngine:
                         f"rank {dist.get_rank()} has gradients that are not finite{loss}; no optimizer step was made"
                     )
         return metrics if self._parts.groups.tp.rank() == self._parts.groups.cp.rank() == 0 else {}
+
+    def _count_changed(self) -> tuple[int, int]:
+        return self._parts.replay.count_changed() if self._parts.replay else (0, 0)
 
     def _gather_parameters(self) -> None:
         """With overlap_param_gather parameters are stale after a step until the next forward pass asks for them."""
@@ -313,11 +332,6 @@ class _GuardedLoss:
             return nothing, {}
         # The schedule may change the loss in place.
         return loss, {"loss": Metric(loss.detach().clone()), **metrics}
-
-
-def _on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return batch.with_fields(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 def _zero_gradients(training: TrainingParts) -> None:

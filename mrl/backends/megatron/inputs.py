@@ -55,6 +55,8 @@ class ModelInputs:
     """The token that each position predicts, shape of `tokens`; arbitrary where `align` drops the prediction."""
     positions: Tensor
     """Of each token in its sample; shape of `tokens`."""
+    samples: Tensor
+    """Of each token, its sample in the micro-batch, or b where it is padding behind them; shape of `tokens`."""
     packed: PackedSequences | None
     """None where samples are padded."""
     rows: Tensor
@@ -85,6 +87,7 @@ def padded_inputs(batch: TrainBatch) -> ModelInputs:
         tokens=batch.tokens,
         targets=batch.tokens.roll(-1, dims=1),
         positions=positions,
+        samples=torch.arange(len(batch), device=positions.device).unsqueeze(1).expand_as(positions),
         packed=None,
         rows=rows,
         columns=columns,
@@ -117,6 +120,7 @@ def packed_inputs(batch: TrainBatch, *, multiple: int = 1, place: ContextPlace =
         tokens=tokens[share].unsqueeze(0),
         targets=tokens.roll(-1)[share].unsqueeze(0),
         positions=columns[share].unsqueeze(0),
+        samples=rows[share].unsqueeze(0),
         packed=_describe(lengths, columns, share, restore),
         rows=rows[sources],
         columns=columns[sources] + 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mrl.backends.megatron.inputs import ModelInputs
+from mrl.backends.megatron.router_replay import RouterReplay
 from mrl.parallel.layout import ParallelLayout
 from mrl.types import TrainBatch
 
@@ -49,8 +51,10 @@ class Schedule:
         config: TransformerConfig,
         groups: ProcessGroupCollection,
         layout: ParallelLayout,
+        replay: RouterReplay | None = None,
     ) -> None:
         check_pipeline_config(config)
+        self._replay = replay
         self._modules = list(modules)
         self._layout = layout
         self._groups = groups
@@ -91,7 +95,7 @@ class Schedule:
         return self._execute(micro_batches, step, forward_only=False)
 
     def _execute(
-        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], **options: Any
+        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool, **options: Any
     ) -> list[Any]:
         self._check(micro_batches)
 
@@ -99,22 +103,31 @@ class Schedule:
             item = next(iterator)
             inputs = item.inputs
             packed = {} if inputs.packed is None else {"packed_seq_params": inputs.packed}
-            output = module(inputs.tokens, inputs.positions, None, **packed, **self._module_options)
+            with self._replaying(item, module):
+                output = module(inputs.tokens, inputs.positions, None, **packed, **self._module_options)
             return output, partial(last_stage, item=item)
 
         first = micro_batches[0].inputs.tokens
-        return self._run(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in self._modules],
-            model=self._modules,
-            num_microbatches=len(micro_batches),
-            # Without pipeline parallelism unused; with it, shapes are exchanged for each micro-batch.
-            micro_batch_size=first.shape[0],
-            seq_length=first.shape[1],
-            p2p_communicator=self._communicator,
-            pg_collection=self._groups,
-            **options,
-        )
+        with self._replay.running(with_backward=not forward_only) if self._replay else nullcontext():
+            return self._run(
+                forward_step_func=forward_step,
+                data_iterator=[iter(micro_batches) for _ in self._modules],
+                model=self._modules,
+                num_microbatches=len(micro_batches),
+                # Without pipeline parallelism unused; with it, shapes are exchanged for each micro-batch.
+                micro_batch_size=first.shape[0],
+                seq_length=first.shape[1],
+                p2p_communicator=self._communicator,
+                pg_collection=self._groups,
+                forward_only=forward_only,
+                **options,
+            )
+
+    def _replaying(self, item: MicroBatch, module: torch.nn.Module) -> AbstractContextManager[None]:
+        if self._replay is None:
+            return nullcontext()
+        assert item.batch.routed_experts is not None, "nothing to replay"
+        return self._replay.forward_step(item.inputs, item.batch.routed_experts, self._modules.index(module))
 
     def _check(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Megatron would compute wrong numbers or stop in the middle of a collective."""

@@ -27,6 +27,7 @@ from mrl.backends.megatron.optimizer import (
     wrap_data_parallel,
 )
 from mrl.backends.megatron.role_state import RoleState
+from mrl.backends.megatron.router_replay import RouterReplay
 from mrl.backends.megatron.schedule import Schedule
 from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.agreement import gather_results
@@ -58,6 +59,8 @@ class RoleSetup:
     data_parallel: DataParallelSettings = field(default_factory=DataParallelSettings)
     recompute: Recompute = field(default_factory=Recompute)
     offload: OffloadSettings = field(default_factory=OffloadSettings)
+    router_replay: bool = False
+    """Send tokens to the experts that a batch names, instead of the router's own choice."""
     value_head_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -70,6 +73,10 @@ class RoleSetup:
         if self.layout.cp > 1 and not self.packed:
             raise ValueError(
                 f"context_parallel_size = {self.layout.cp} shares packed sequences only; set use_remove_padding=True"
+            )
+        if self.router_replay and (self.kind != "actor" or self.spec.moe is None):
+            raise ValueError(
+                f"router_replay needs an actor with experts; this is a {self.kind} of family {self.spec.family}"
             )
         check_layout(self.layout, self.spec)
 
@@ -96,7 +103,11 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
                 flatten_parameters(chunk)
         training = _build_training(setup, chunks, config, groups) if setup.optimizer else None
         modules: Sequence[torch.nn.Module] = training.modules if training else _frozen(chunks)
-        schedule = Schedule(modules, config, groups, setup.layout)
+        replay = None
+        if setup.router_replay:
+            assert setup.spec.moe is not None
+            replay = RouterReplay(chunks, groups, k=setup.spec.moe.num_experts_per_tok)
+        schedule = Schedule(modules, config, groups, setup.layout, replay)
     return MegatronEngine(
         EngineParts(
             state=state,
@@ -104,6 +115,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             layout=setup.layout,
             chunks=chunks,
             schedule=schedule,
+            replay=replay,
             training=training,
             spec=setup.spec,
             temperature=setup.temperature,
