@@ -8,7 +8,7 @@ from typing import Literal
 from mrl.config.checkpoint import CheckpointConfig
 from mrl.config.checks import at_least, more_than, not_both
 from mrl.config.errors import ConfigError
-from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
+from mrl.config.megatron import ActorMegatronConfig, MegatronConfig
 from mrl.config.optim import OptimConfig
 from mrl.config.section import Section
 
@@ -103,7 +103,7 @@ class ActorConfig(Section):
     """Its estimator: kl is k1, mse is k2, low_var_kl is k3; a + takes the gradient of k2 instead of its own."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
-    megatron: TrainableMegatronConfig = field(default_factory=TrainableMegatronConfig)
+    megatron: ActorMegatronConfig = field(default_factory=ActorMegatronConfig)
     """Layout and memory."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Contents of checkpoints."""

@@ -19,6 +19,7 @@ ALIASES = {
     "actor_rollout_ref.ref.fsdp_config.param_offload": "actor_rollout_ref.ref.megatron.param_offload",
     "critic.model.fsdp_config.param_offload": "critic.megatron.param_offload",
     "critic.model.fsdp_config.optimizer_offload": "critic.megatron.optimizer_offload",
+    "actor_rollout_ref.actor.router_replay.mode": "actor_rollout_ref.actor.megatron.router_replay.mode",
     "global_profiler.steps": "trainer.profile_steps",
     "actor_rollout_ref.actor.profiler.ranks": "trainer.profile_ranks",
     "custom_reward_function.path": "reward.custom_reward_function.path",
@@ -65,6 +66,17 @@ ADVICE = {
         "set critic.megatron.override_transformer_config.recompute_granularity, _method and _num_layers; "
         "on the command line the key is translated to them"
     ),
+    **{
+        f"actor_rollout_ref.actor{section}.router_replay.{key}": (
+            "drop it: experts go from the engines to the actor in memory, and no file is needed"
+        )
+        for section in ("", ".megatron")
+        for key in ("record_file", "replay_file")
+    },
+    **{
+        f"{section}.megatron.router_replay": "drop it: this role's routers choose themselves"
+        for section in ("actor_rollout_ref.ref", "critic")
+    },
     "trainer.val_generations_to_log_to_wandb": "set trainer.log_val_generations",
     "trainer.remove_previous_ckpt_in_save": "set trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep",
     **{

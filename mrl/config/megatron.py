@@ -95,6 +95,23 @@ class TrainableMegatronConfig(MegatronConfig):
     """Fields for Megatron's DistributedDataParallelConfig."""
 
 
+@dataclass(kw_only=True, frozen=True)
+class RouterReplayConfig(Section):
+    """Which experts an actor's tokens are sent to."""
+
+    mode: Literal["disabled", "R3"] = "disabled"
+    """R3 sends each token to the experts to which the rollout engine sent it; disabled leaves it to the router. Of a
+    model with experts only."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class ActorMegatronConfig(TrainableMegatronConfig):
+    """The same for the actor."""
+
+    router_replay: RouterReplayConfig = field(default_factory=RouterReplayConfig)
+    """Which experts its tokens are sent to."""
+
+
 def _check_recompute(overrides: Mapping[str, Any]) -> None:
     name = "override_transformer_config.recompute_"
     granularity, method = overrides.get("recompute_granularity"), overrides.get("recompute_method")

@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """The actor's initial weights, which are also the reference's."""
 
     path: str = DEFAULT_MODEL_PATH
-    """Hugging Face folder or hub name. `embedded:actor` is the embedded one."""
+    """Hugging Face folder or hub name. `embedded:actor` and `embedded:moe_actor` are the embedded ones."""
     tokenizer_path: str | None = None
     """Folder of the tokenizer; null is the model's."""
     use_remove_padding: bool = True

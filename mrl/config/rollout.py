@@ -84,6 +84,9 @@ class RolloutConfig(Section):
     copy_engines: bool = False
     """Have the GPUs' copy engines bring large weights that lie on other GPUs of the host, instead of the kernel that
     copies the rest. Not yet run on GPUs."""
+    enable_rollout_routing_replay: bool = False
+    """Accepted for compatibility: engines report their tokens' experts where `actor.megatron.router_replay.mode` is R3,
+    and nowhere else."""
     max_engine_restarts: int = 3
     """Most times that engines which died, or missed `trainer.engine_call_timeout_s`, are restarted in a run; their
     unfinished prompts are generated again. 0 ends the run instead."""
@@ -117,8 +120,18 @@ class RolloutConfig(Section):
         at_least(self, 1, "log_prob_max_token_len_per_gpu")
         not_both(self, "log_prob_micro_batch_size_per_gpu", "log_prob_micro_batch_size")
         _check_top(self.top_p, self.top_k)
+        _check_gpus_are_chosen_here(self.engine_kwargs.sglang)
         if self.alias_weights:
             _check_weights_stay(self.engine_kwargs.sglang)
+
+
+def _check_gpus_are_chosen_here(engine_args: Mapping[str, Any]) -> None:
+    for name in ("base_gpu_id", "gpu_id_step"):
+        if name in engine_args:
+            raise ConfigError(
+                f"engine_kwargs.sglang.{name} = {engine_args[name]!r}: engines run on the GPUs of their own ranks; "
+                "drop it"
+            )
 
 
 _MOVES_WEIGHTS = ("speculative_algorithm", "cpu_offload_gb", "offload_group_size", "forward_hooks", "enable_eplb")

@@ -62,6 +62,11 @@ class PPOConfig(Section):
         return self.algorithm.adv_estimator in CRITIC_ESTIMATORS
 
     @property
+    def replays_routers(self) -> bool:
+        """Whether the actor sends tokens to the experts that the engines chose."""
+        return self.actor_rollout_ref.actor.megatron.router_replay.mode == "R3"
+
+    @property
     def gen_batch_size(self) -> int:
         """Prompts drawn and generated at a time."""
         filtered = self.algorithm.filter_groups.enable
@@ -79,6 +84,7 @@ class PPOConfig(Section):
         self._check_lengths()
         self._check_token_limits()
         self._check_engines()
+        self._check_router_replay()
         if self.trainer.validates and not self.data.val_files:
             raise ConfigError(
                 "data.val_files is empty, but the run validates; name a file, or set trainer.val_before_train=False "
@@ -117,6 +123,15 @@ class PPOConfig(Section):
             raise ConfigError(
                 f"trainer.critic_warmup = {warmup}, but algorithm.adv_estimator = {estimator} has no critic: those "
                 "steps would train nothing; set it to 0"
+            )
+
+    def _check_router_replay(self) -> None:
+        speculation = self.actor_rollout_ref.rollout.engine_kwargs.sglang.get("speculative_algorithm")
+        if self.replays_routers and speculation:
+            raise ConfigError(
+                "actor_rollout_ref.actor.megatron.router_replay.mode = R3 needs every token's experts, and SGLang does "
+                "not report them with actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm = "
+                f"{speculation!r}; drop one of them"
             )
 
     def _check_filter_groups(self) -> None:

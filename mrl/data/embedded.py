@@ -2,7 +2,8 @@
 
 The task is small enough that PPO solves it from random weights in a few dozen steps on a CPU, and has everything a
 real one has: parquet files in verl's row format, a chat template, an end-of-sequence token that has to be learned, a
-rule-based reward with partial credit, and an actor and a critic of different families and sizes.
+rule-based reward with partial credit, an actor and a critic of different families and sizes, and another actor with
+experts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen2Tokenizer
+from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen2Tokenizer, Qwen3MoeConfig
 
 from mrl.data.rows import write_rows
 from mrl.rewards.embedded import DATA_SOURCE
@@ -26,7 +27,7 @@ from mrl.rewards.embedded import DATA_SOURCE
 PREFIX = "embedded:"
 NUM_TRAIN_ROWS = 2048
 
-_REVISION = "1"
+_REVISION = "2"
 """Part of the folder's name; raise it with every change of what is written, so that no stale folder is reused."""
 _LAST_DIGITS = range(3, 8)
 _RUN_LENGTHS = range(1, 4)
@@ -50,24 +51,34 @@ class EmbeddedPaths:
     """Where the embedded task lies on disk."""
 
     actor_model: Path
+    moe_actor_model: Path
     critic_model: Path
     train_file: Path
     val_file: Path
 
 
+_FIELDS = {
+    "actor": "actor_model",
+    "moe_actor": "moe_actor_model",
+    "critic": "critic_model",
+    "train": "train_file",
+    "val": "val_file",
+}
+"""Of `EmbeddedPaths`, by the name after "embedded:"."""
+
+
 def resolve_embedded(path: str, folder: Path) -> str:
-    """`path` itself, or, for "embedded:train|val|actor|critic", the file or folder made under `folder`.
+    """`path` itself, or, for "embedded:NAME", the file or folder of that name made under `folder`.
 
     Raises:
         ValueError: the name after "embedded:" is unknown.
     """
     if not path.startswith(PREFIX):
         return path
-    fields = {"actor": "actor_model", "critic": "critic_model", "train": "train_file", "val": "val_file"}
     name = path.removeprefix(PREFIX)
-    if name not in fields:
-        raise ValueError(f"unknown embedded path {path!r}; known: {', '.join(PREFIX + known for known in fields)}")
-    return str(getattr(materialise(folder), fields[name]))
+    if name not in _FIELDS:
+        raise ValueError(f"unknown embedded path {path!r}; known: {', '.join(PREFIX + known for known in _FIELDS)}")
+    return str(getattr(materialise(folder), _FIELDS[name]))
 
 
 def materialise(folder: Path) -> EmbeddedPaths:
@@ -90,6 +101,7 @@ def materialise(folder: Path) -> EmbeddedPaths:
 def _paths(root: Path) -> EmbeddedPaths:
     return EmbeddedPaths(
         actor_model=root / "actor",
+        moe_actor_model=root / "moe_actor",
         critic_model=root / "critic",
         train_file=root / "train.parquet",
         val_file=root / "val.parquet",
@@ -115,15 +127,17 @@ def _write_in_child(paths: EmbeddedPaths) -> None:
 
 def _write(paths: EmbeddedPaths) -> None:
     # Imported here: in the child only.
-    from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         actor = Qwen2ForCausalLM(_actor_config())
         critic = LlamaForCausalLM(_critic_config())
         order = torch.randint(len(_tasks()), (NUM_TRAIN_ROWS,)).tolist()
+        moe_actor = Qwen3MoeForCausalLM(_moe_actor_config())
     tokenizer = build_embedded_tokenizer()
-    for model, path in ((actor, paths.actor_model), (critic, paths.critic_model)):
+    models = ((actor, paths.actor_model), (moe_actor, paths.moe_actor_model), (critic, paths.critic_model))
+    for model, path in models:
         model.generation_config = GenerationConfig(**_token_ids(), do_sample=True)
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -167,6 +181,26 @@ def _actor_config() -> Qwen2Config:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
+        max_position_embeddings=_MAX_POSITIONS,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **_token_ids(),
+    )
+
+
+def _moe_actor_config() -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=_VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
         max_position_embeddings=_MAX_POSITIONS,
         tie_word_embeddings=False,
         dtype="float32",

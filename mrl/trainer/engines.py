@@ -128,6 +128,7 @@ def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) ->
         "gpus": part_gpus(plan, env),
         "engine_kwargs": {
             "chunked_prefill_size": rollout.max_num_batched_tokens,
+            "enable_return_routed_experts": config.replays_routers,
             **arguments,
             **thaw(rollout.engine_kwargs.sglang),
         },

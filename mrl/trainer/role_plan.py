@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mrl.config.megatron import MegatronConfig, TrainableMegatronConfig
+from mrl.config.megatron import ActorMegatronConfig, MegatronConfig, TrainableMegatronConfig
 from mrl.config.schema import PPOConfig
 from mrl.convert.locate import find_role
 from mrl.convert.megatron_weights import MegatronWeights
@@ -72,10 +72,19 @@ def plan_role(
     try:
         layout = _layout(config, megatron, spec, machine, trained=trained)
         check_layout(layout, spec)
+        _check_experts(megatron, spec)
         weights_path = _weights_path(megatron, path, spec)
     except ValueError as error:
         raise ValueError(f"{section}.megatron: {error}") from error
     return RolePlan(model_path=path, weights_path=weights_path, spec=spec, layout=layout)
+
+
+def _check_experts(megatron: MegatronConfig, spec: ModelSpec) -> None:
+    if isinstance(megatron, ActorMegatronConfig) and megatron.router_replay.mode != "disabled" and spec.moe is None:
+        raise ValueError(
+            f"router_replay.mode = {megatron.router_replay.mode} replays the choice of experts, and a {spec.family} "
+            "model has none; set it to disabled"
+        )
 
 
 def _weights_path(megatron: MegatronConfig, model: Path, spec: ModelSpec) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from mrl.backends.megatron.model import Recompute
@@ -18,7 +19,8 @@ from mrl.trainer.role_plan import RolePlan
 def actor_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
     """The policy that is trained."""
     actor = config.actor_rollout_ref.actor
-    return _trained("actor", config, plan, plan.actor, actor.megatron, actor.optim, total_updates)
+    setup = _trained("actor", config, plan, plan.actor, actor.megatron, actor.optim, total_updates)
+    return replace(setup, router_replay=config.replays_routers)
 
 
 def critic_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:

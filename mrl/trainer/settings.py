@@ -50,6 +50,7 @@ def train_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> Samplin
         top_k=rollout.top_k,
         stop_token_ids=() if rollout.ignore_eos else eos_token_ids,
         ignore_eos=rollout.ignore_eos,
+        return_routed_experts=config.replays_routers,
     )
 
 
@@ -57,7 +58,8 @@ def baseline_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> Samp
     """How the greedy response to each prompt is drawn, where the advantages need it."""
     if config.algorithm.adv_estimator not in GREEDY_ESTIMATORS:
         return None
-    return replace(train_sampling(config, eos_token_ids), temperature=0.0, top_p=1.0, top_k=-1)
+    sampling = train_sampling(config, eos_token_ids)
+    return replace(sampling, temperature=0.0, top_p=1.0, top_k=-1, return_routed_experts=False)
 
 
 def val_sampling(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> SamplingParams:

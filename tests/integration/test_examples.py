@@ -98,6 +98,23 @@ def test_rloo_takes_its_kl_penalty_before_the_comparison(tmp_path):
     assert rows[-1]["advantage/abs_mean"] > 0
 
 
+def test_experts_are_those_that_two_engines_chose(tmp_path):
+    more = {
+        "actor_rollout_ref.model.use_remove_padding": "True",
+        "actor_rollout_ref.rollout.num_engines": "2",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": "1",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": "4",
+    }
+    outcome, rows = run_example("moe_embedded", tmp_path, **more)
+    assert outcome.status == 0, outcome.output
+    assert "does not act" not in outcome.output
+    for row in rows:
+        # Any other experts, or these of another token, are another function: 1e-2 and more.
+        assert row["parity/log_prob_abs_diff_max"] < 1e-5
+        # After the first of two mini-batches the routers would choose otherwise here and there.
+        assert 0 < row["actor/router_replay_changed_fraction"] < 0.5
+
+
 def test_dapo_fills_its_steps_with_prompts_that_have_a_spread_and_resumes_exactly(tmp_path):
     more = {"data.gen_batch_size": "12", "algorithm.filter_groups.max_num_gen_batches": "40", "trainer.save_freq": "1"}
     outcome, rows = run_example("dapo_embedded", tmp_path, **more)

@@ -29,6 +29,13 @@ ROLLOUT_RULES = (
         when=lambda config: config.actor_rollout_ref.rollout.load_format != "dummy",
         reason="the actor's weights replace whatever the engine loaded before the first rollout; leave it at dummy",
     ),
+    Rule(
+        keys=(f"{ROLLOUT}.enable_rollout_routing_replay",),
+        when=lambda config: (
+            config.actor_rollout_ref.rollout.enable_rollout_routing_replay and not config.replays_routers
+        ),
+        reason=f"{ACTOR}.megatron.router_replay.mode is disabled; set it to R3",
+    ),
 )
 RUN_RULES = (
     Rule(

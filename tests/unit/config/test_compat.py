@@ -46,6 +46,10 @@ def test_every_alias_leads_to_a_key_that_exists():
     assert not set(ALIASES) & set(leaf_keys())
 
 
+def test_router_replay_is_found_where_older_commands_put_it():
+    assert load_config(["actor_rollout_ref.actor.router_replay.mode=R3"]).replays_routers
+
+
 def test_both_spellings_may_agree_but_not_differ():
     old, new = "critic.model.fsdp_config.param_offload", "critic.megatron.param_offload"
     assert load_config([f"{old}=True", f"{new}=true"]).critic.megatron.param_offload

@@ -263,6 +263,12 @@ CASES = [
         ["trainer.device=cuda"],
     ),
     ("critic.megatron.param_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=auto"]),
+    (
+        f"{ROLLOUT}.enable_rollout_routing_replay=True",
+        [],
+        "router_replay.mode is disabled; set it to R3",
+        [f"{ACTOR}.megatron.router_replay.mode=R3"],
+    ),
     (f"{ROLLOUT}.enforce_eager=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),
     (f"{ROLLOUT}.free_cache_engine=True", ["trainer.device=cpu"], "no CUDA graphs", ["trainer.device=cuda"]),
 ]

@@ -194,6 +194,27 @@ def test_the_key_table_is_up_to_date():
             "+actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm=EAGLE",
             r"speculative_algorithm = 'EAGLE' needs weights of the engine's own; set alias_weights=False",
         ),
+        (
+            "actor_rollout_ref.actor.megatron.router_replay.mode=R2",
+            r"router_replay\.mode = 'R2' must be one of 'disabled', 'R3'",
+        ),
+        (
+            "actor_rollout_ref.actor.megatron.router_replay.mode=R3 "
+            "+actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm=EAGLE",
+            r"router_replay\.mode = R3 needs every token's experts.*speculative_algorithm = 'EAGLE'; drop one",
+        ),
+        (
+            "actor_rollout_ref.actor.megatron.router_replay.record_file=/x",
+            r"record_file: drop it: .* no file is needed",
+        ),
+        (
+            "critic.megatron.router_replay.mode=R3",
+            r"critic\.megatron\.router_replay\.mode: drop it: this role's routers",
+        ),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.sglang.base_gpu_id=1",
+            r"engine_kwargs\.sglang\.base_gpu_id = 1: engines run on the GPUs of their own ranks; drop it",
+        ),
         ("trainer.max_actor_ckpt_to_keep=0", r"trainer\.max_actor_ckpt_to_keep = 0 must be at least 1"),
         (
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",

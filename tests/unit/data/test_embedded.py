@@ -22,8 +22,13 @@ def paths(folder):
     return materialise(folder)
 
 
-def test_models_are_float32_folders_of_two_families(paths):
-    for model, family, width in ((paths.actor_model, "qwen2", 128), (paths.critic_model, "llama", 256)):
+def test_models_are_float32_folders_of_three_families(paths):
+    models = (
+        (paths.actor_model, "qwen2", 128),
+        (paths.moe_actor_model, "qwen3_moe", 128),
+        (paths.critic_model, "llama", 256),
+    )
+    for model, family, width in models:
         config = json.loads((model / "config.json").read_text())
         assert (config["model_type"], config["hidden_size"], config["dtype"]) == (family, width, "float32")
         weights = load_file(model / "model.safetensors")
@@ -37,7 +42,8 @@ def test_models_are_float32_folders_of_two_families(paths):
 
 def test_writing_twice_gives_the_same_bytes(paths, tmp_path):
     again = materialise(tmp_path)
-    for first, second in ((paths.actor_model, again.actor_model), (paths.critic_model, again.critic_model)):
+    for model in ("actor_model", "moe_actor_model", "critic_model"):
+        first, second = getattr(paths, model), getattr(again, model)
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
     assert pq.read_table(paths.train_file) == pq.read_table(again.train_file)
@@ -77,6 +83,7 @@ def test_every_answer_of_the_data_scores_one_and_survives_the_tokenizer(paths):
 
 def test_embedded_names_resolve_and_others_pass_through(paths, folder):
     assert resolve_embedded("embedded:actor", folder) == str(paths.actor_model)
+    assert resolve_embedded("embedded:moe_actor", folder) == str(paths.moe_actor_model)
     assert resolve_embedded("embedded:critic", folder) == str(paths.critic_model)
     assert resolve_embedded("embedded:train", folder) == str(paths.train_file)
     assert resolve_embedded("embedded:val", folder) == str(paths.val_file)

@@ -121,6 +121,10 @@ def test_experts_are_dealt_out_as_configured_in_chosen_layouts_too(run_dir, tmp_
             [f"{ACTOR}.megatron.expert_{key}_parallel_size=4" for key in ("model", "tensor")],
             "actor.megatron: expert_tensor_parallel_size x .* = 16 does not divide the 4 ranks",
         ),
+        (
+            [f"{ACTOR}.megatron.router_replay.mode=R3"],
+            "actor.megatron: router_replay.mode = R3 .* a qwen2 model has none; set it to disabled",
+        ),
         ([f"{ACTOR}.megatron.tensor_model_parallel_size=16"], "does not divide world size 8"),
         (["critic.megatron.pipeline_model_parallel_size=4"], "critic.megatron: .*4"),
         (["actor_rollout_ref.rollout.num_engines=5"], "need 10 ranks"),

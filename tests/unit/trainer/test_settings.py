@@ -20,7 +20,14 @@ from mrl.config.algorithm import (
 from mrl.config.load import load_config
 from mrl.rewards.overlong import OverlongPenalty
 from mrl.trainer.group_filter import GroupFilter
-from mrl.trainer.settings import advantage_stage, baseline_sampling, group_filter, overlong_penalty, train_sampling
+from mrl.trainer.settings import (
+    advantage_stage,
+    baseline_sampling,
+    group_filter,
+    overlong_penalty,
+    train_sampling,
+    val_sampling,
+)
 
 
 def test_the_configuration_offers_exactly_the_estimators_there_are():
@@ -50,6 +57,17 @@ def test_only_remax_has_a_greedy_response_drawn():
     config = load_config(["algorithm.adv_estimator=remax", "actor_rollout_ref.rollout.top_p=0.5"])
     sampling = baseline_sampling(config, (2,))
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop_token_ids) == (0, 1, 512, (2,))
+
+
+def test_experts_are_reported_of_the_samples_that_are_trained_on():
+    replay = "actor_rollout_ref.actor.megatron.router_replay.mode=R3"
+    config = load_config([replay, "algorithm.adv_estimator=remax"])
+    assert train_sampling(config, (2,)).return_routed_experts
+    assert not train_sampling(load_config([]), (2,)).return_routed_experts
+    baseline = baseline_sampling(config, (2,))
+    assert baseline is not None
+    assert not baseline.return_routed_experts
+    assert not val_sampling(config, (2,)).return_routed_experts
 
 
 def test_a_response_of_full_length_has_no_token_to_stop_at():
