@@ -223,5 +223,9 @@ class RewardError(RuntimeError):
     """A reward function raised or returned something that is not a finite number."""
 
 
-USER_ERRORS = (ValueError, EngineError, RewardError)
+class EnvironmentFailedError(RuntimeError):
+    """What answers the model failed where that ends the run; the message has the first failure."""
+
+
+USER_ERRORS = (ValueError, EngineError, RewardError, EnvironmentFailedError)
 """Errors whose message alone tells a user what to do; the same run would fail again."""

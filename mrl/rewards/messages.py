@@ -18,12 +18,22 @@ class Item(NamedTuple):
     extra_info: dict[str, Any]
 
 
+class Conversation(NamedTuple):
+    """What an environment's function is called with, by position."""
+
+    messages: list[dict[str, Any]]
+    ground_truth: Any
+    extra_info: dict[str, Any]
+
+
 class Outcome(NamedTuple):
-    """One item's score with its named parts, or why there is none."""
+    """One item's score with its named parts, or an environment's messages, or why there is neither."""
 
     score: float
     parts: dict[str, float]
     error: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    """None ends the conversation."""
 
 
 class Ready(NamedTuple):
@@ -68,8 +78,19 @@ def decode_answer(content: bytes) -> Answer:
     raise ValueError(f"a reward worker's answer is of an unknown kind {kind!r:.40}")
 
 
-def _outcome(score: Any, parts: Any, error: Any) -> Outcome:
-    return Outcome(float(score), {str(name): float(value) for name, value in parts.items()}, _text(error))
+def _outcome(score: Any, parts: Any, error: Any, messages: Any) -> Outcome:
+    numbers = {str(name): float(value) for name, value in parts.items()}
+    return Outcome(float(score), numbers, _text(error), None if messages is None else check_messages(messages))
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages themselves; ValueError unless each is a mapping with a role and a text."""
+    if not isinstance(messages, list):
+        raise ValueError(f"{messages!r:.200} is no list of messages")
+    for message in messages:
+        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
+            raise ValueError(f"{message!r:.200} is no message with a 'role' and a 'content' of text")
+    return messages
 
 
 def _text(value: Any) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from mrl.rewards.messages import Item, Outcome, Preparing, Ready, decode_answer
+from mrl.rewards.messages import Conversation, Item, Outcome, Preparing, Ready, decode_answer
 from mrl.rewards.sandbox import clean_environment
 from mrl.rewards.worker import FunctionSpec
 
@@ -27,6 +27,8 @@ _END_S = 10.0
 _MOST_BYTES = 1 << 28
 """Of one answer: a worker's word is not enough to take more memory."""
 
+
+Call = Item | Conversation
 
 SKIPPED = Outcome(0.0, {}, "was not scored because another sample failed")
 
@@ -80,7 +82,7 @@ class WorkerPool:
                 self._idle.put(worker)
         return self._is_async
 
-    def score(self, items: Sequence[Item], *, stop_at_failure: bool) -> list[Outcome]:
+    def score(self, items: Sequence[Call], *, stop_at_failure: bool) -> list[Outcome]:
         """The outcome of each item, in order; items not reached because another failed have outcome `SKIPPED`."""
         if os.getpid() != self._owner_pid:
             self._open()
@@ -99,14 +101,14 @@ class WorkerPool:
             results.extend(future.result() if reached else [SKIPPED] * len(chunk))
         return results
 
-    def _split(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+    def _split(self, items: Sequence[Call]) -> list[Sequence[Call]]:
         """One item per request, so that a slow one holds up no other; for a coroutine function, equal shares."""
         if not items:
             return []
         size = -(-len(items) // self._num_workers) if self.check_function() else 1
         return [items[first : first + size] for first in range(0, len(items), size)]
 
-    def _score_chunk(self, chunk: Sequence[Item]) -> list[Outcome]:
+    def _score_chunk(self, chunk: Sequence[Call]) -> list[Outcome]:
         worker = self._idle.get()
         try:
             return worker.score(chunk)
@@ -148,11 +150,11 @@ class _Worker:
                 ready = Ready(False, f"its process {error}")
             if ready.error is not None:
                 running.stop()
-                raise ValueError(f"cannot load the reward function: {ready.error}")
+                raise ValueError(f"cannot load the {self._spec.kind}: {ready.error}")
             self._running, self._is_async = running, ready.is_async
         return self._is_async
 
-    def score(self, chunk: Sequence[Item]) -> list[Outcome]:
+    def score(self, chunk: Sequence[Call]) -> list[Outcome]:
         """The outcomes of a chunk; a process that hangs or dies fails the whole chunk and is ended."""
         is_async = self.start()
         assert self._running is not None
