@@ -60,6 +60,9 @@ class Generation:
     `array("f")` likewise."""
     finish_reason: FinishReason
     weight_version: int
+    response_mask: Sequence[int] | None = None
+    """Of a conversation: one per response token, 0 where the environment wrote it, else 1; None is all 1. An
+    `array("b")` likewise."""
     routed_experts: Tensor | None = None
     """[prompt + response - 1, layers k] uint8 or int16, where asked for: the k experts to which the engine sent each
     token, layer by layer. The last token has none: the engine never runs it."""
@@ -73,6 +76,8 @@ class Sample:
     generation: Generation
     response_text: str = ""
     """Set when the sample is scored: on the rank that scores and, where a reward model reads it, on all."""
+    turns: Sequence[dict[str, Any]] = ()
+    """Of a conversation: its messages after the prompt's, by turns the model's and the environment's."""
     reward: float | None = None
     reward_info: dict[str, float] = field(default_factory=dict)
     baseline: float | None = None

@@ -77,6 +77,25 @@ ADVICE = {
         f"{section}.megatron.router_replay": "drop it: this role's routers choose themselves"
         for section in ("actor_rollout_ref.ref", "critic")
     },
+    **{
+        f"actor_rollout_ref.rollout.multi_turn.{key}": (
+            "set actor_rollout_ref.rollout.multi_turn.environment.path: a function answers and calls the model's tools"
+        )
+        for key in (
+            "tool_config_path",
+            "function_tool_path",
+            "interaction_config_path",
+            "format",
+            "max_user_turns",
+            "max_parallel_calls",
+            "max_tool_response_length",
+            "tool_response_truncate_side",
+        )
+    },
+    **{
+        f"actor_rollout_ref.rollout.multi_turn.{key}": "drop it: the tokens of an answer are never encoded again"
+        for key in ("use_inference_chat_template", "tokenization_sanity_check_mode")
+    },
     "trainer.val_generations_to_log_to_wandb": "set trainer.log_val_generations",
     "trainer.remove_previous_ckpt_in_save": "set trainer.max_actor_ckpt_to_keep and trainer.max_critic_ckpt_to_keep",
     **{

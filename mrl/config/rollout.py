@@ -43,6 +43,53 @@ class EngineKwargsConfig(Section):
 
 
 @dataclass(kw_only=True, frozen=True)
+class EnvironmentConfig(Section):
+    """What answers the model."""
+
+    path: str | None = None
+    """Python file; has to be set with `multi_turn.enable`."""
+    name: str = "respond"
+    """Function in that file: `name(messages, ground_truth, extra_info, **kwargs)` returns None to end a conversation,
+    the text of a user's message, or a list of messages."""
+    kwargs: Mapping[str, Any] = field(default_factory=FrozenDict)
+    """Keyword arguments added to every call."""
+    num_workers: int = 8
+    """Conversations answered at the same time."""
+    timeout_s: float = 60.0
+    """Longest time for one call, in seconds; a slower one counts as a failure."""
+    on_failure: Literal["end", "raise"] = "end"
+    """A call that fails ends its conversation (`rollout/environment_failed`), or the run. Where 16 or more are made and
+    every one fails, the run ends in either case."""
+
+    def check(self) -> None:
+        at_least(self, 1, "num_workers")
+        more_than(self, 0, "timeout_s")
+
+
+@dataclass(kw_only=True, frozen=True)
+class MultiTurnConfig(Section):
+    """Conversations: an environment answers the model, which answers again."""
+
+    enable: bool = False
+    """Have an environment answer; docs/rollout.md#conversations."""
+    max_assistant_turns: int | None = None
+    """Most answers of the model in a conversation; null is as many as fit `data.max_response_length`."""
+    max_turn_length: int | None = None
+    """Most tokens of one answer; null is `data.max_response_length` divided by `max_assistant_turns`."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """What answers the model."""
+
+    def check(self) -> None:
+        at_least(self, 1, "max_assistant_turns", "max_turn_length")
+        if not self.enable:
+            return
+        if self.environment.path is None:
+            raise ConfigError("enable = True needs environment.path, a Python file with the function that answers")
+        if self.max_assistant_turns is None and self.max_turn_length is None:
+            raise ConfigError("enable = True needs max_assistant_turns or max_turn_length, to know when to stop")
+
+
+@dataclass(kw_only=True, frozen=True)
 class RolloutConfig(Section):
     """The rollout engines, which share the trainer's devices."""
 
@@ -105,6 +152,8 @@ class RolloutConfig(Section):
     """Cut those micro-batches by their number of tokens; the actor's `use_dynamic_bsz` unless set."""
     log_prob_max_token_len_per_gpu: int = 16384
     """Most tokens per such pass on a GPU, with `log_prob_use_dynamic_bsz`; the actor's unless set."""
+    multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
+    """Conversations: an environment answers the model, which answers again."""
     engine_kwargs: EngineKwargsConfig = field(default_factory=EngineKwargsConfig)
     """Arguments handed to the engine unchanged."""
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)

@@ -67,6 +67,14 @@ class PPOConfig(Section):
         return self.actor_rollout_ref.actor.megatron.router_replay.mode == "R3"
 
     @property
+    def turn_length(self) -> int:
+        """Most tokens of one answer of the model."""
+        settings, longest = self.actor_rollout_ref.rollout.multi_turn, self.data.max_response_length
+        if not settings.enable:
+            return longest
+        return settings.max_turn_length or max(1, longest // (settings.max_assistant_turns or 1))
+
+    @property
     def gen_batch_size(self) -> int:
         """Prompts drawn and generated at a time."""
         filtered = self.algorithm.filter_groups.enable
@@ -85,6 +93,7 @@ class PPOConfig(Section):
         self._check_token_limits()
         self._check_engines()
         self._check_router_replay()
+        self._check_turns()
         if self.trainer.validates and not self.data.val_files:
             raise ConfigError(
                 "data.val_files is empty, but the run validates; name a file, or set trainer.val_before_train=False "
@@ -132,6 +141,13 @@ class PPOConfig(Section):
                 "actor_rollout_ref.actor.megatron.router_replay.mode = R3 needs every token's experts, and SGLang does "
                 "not report them with actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm = "
                 f"{speculation!r}; drop one of them"
+            )
+
+    def _check_turns(self) -> None:
+        if self.turn_length > self.data.max_response_length:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.multi_turn.max_turn_length = {self.turn_length} is more than a whole "
+                f"conversation may have: data.max_response_length = {self.data.max_response_length}; raise that"
             )
 
     def _check_filter_groups(self) -> None:

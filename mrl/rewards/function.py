@@ -82,4 +82,7 @@ class FunctionReward:
 
 def _build_item(sample: Sample) -> Item:
     prompt = sample.prompt
-    return Item(prompt.data_source, sample.response_text, prompt.ground_truth, prompt.extra_info)
+    extra_info = prompt.extra_info
+    if sample.turns:
+        extra_info = {**extra_info, "turns": list(sample.turns)}
+    return Item(prompt.data_source, sample.response_text, prompt.ground_truth, extra_info)

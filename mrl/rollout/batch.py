@@ -20,8 +20,8 @@ class Decoder(Protocol):
 def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int = 1) -> TrainBatch:
     """Samples as a batch: prompt, response, padding up to the longest sample, rounded up to `multiple` tokens.
 
-    `loss_mask` is True on response tokens; `rollout_log_probs` holds the engine's log-prob of each of them at the same
-    position, 0 elsewhere.
+    `loss_mask` is True on response tokens that the model wrote; `rollout_log_probs` holds the engine's log-prob of each
+    of them at the same position, 0 elsewhere.
 
     Raises:
         ValueError: no samples, an empty prompt or response, or not one log-prob per response token.
@@ -53,7 +53,8 @@ def _fill(batch: TrainBatch, samples: Sequence[Sample], prompts: Sequence[int], 
         # A prompt's samples lie side by side: its list of Python numbers is read once.
         tokens[row, :prompt] = sample.prompt.token_ids if sample.prompt is not last else tokens[row - 1, :prompt]
         tokens[row, prompt:length] = sample.generation.response_ids
-        loss_mask[row, prompt:length] = True
+        mask = sample.generation.response_mask
+        loss_mask[row, prompt:length] = True if mask is None else mask
         rollout_log_probs[row, prompt:length] = sample.generation.rollout_log_probs
         last = sample.prompt
 

@@ -14,8 +14,10 @@ from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
+from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
-from mrl.interfaces import USER_ERRORS
+from mrl.data.turn_encoder import TurnEncoder
+from mrl.interfaces import USER_ERRORS, Rollout
 from mrl.launch.cores import take_share
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.watchdog import Watchdog
@@ -28,8 +30,10 @@ from mrl.observability.trackers import TrackerList, build_trackers
 from mrl.parallel.agreement import require_equal
 from mrl.reshard.hf_export import copy_model_files
 from mrl.rollout.colocated import ColocatedRollout
+from mrl.rollout.conversations import ConversationRollout
 from mrl.trainer.checkpoint import CheckpointedRole, Checkpointer
 from mrl.trainer.collection import SampleCollector
+from mrl.trainer.conversations import build_environment, conversation_limits
 from mrl.trainer.engines import engine_tags, start_rank
 from mrl.trainer.inputs import RunInputs, count_steps
 from mrl.trainer.phases import PhaseSwitch
@@ -132,7 +136,7 @@ class _Builder:
         """The trainer, continued from its checkpoint if there is one."""
         config, plan, inputs = self._config, self._plan, self._inputs
         roles = self._roles()
-        rollout = self._rollout(part, roles.actor)
+        rollout = self._in_conversations(self._rollout(part, roles.actor))
         scorer = self._scorer()
         checkpointer = self._checkpointer(roles)
         phases = PhaseSwitch(
@@ -246,6 +250,17 @@ class _Builder:
             reshard_timeout_s=config.trainer.reshard_timeout_s,
         )
 
+    def _in_conversations(self, rollout: Rollout) -> Rollout:
+        settings = self._config.actor_rollout_ref.rollout.multi_turn
+        if not settings.enable:
+            return rollout
+        environment = build_environment(self._config) if self._env.rank == 0 else None
+        if environment is not None:
+            self._stack.callback(environment.close)
+        template_kwargs = thaw(self._config.data.apply_chat_template_kwargs)
+        encoder = TurnEncoder(self._inputs.tokenizer, template_kwargs)
+        return ConversationRollout(rollout, environment, encoder, conversation_limits(self._config))
+
     def _scorer(self) -> Scorer:
         reward_fn = build_reward(self._config.reward) if self._env.rank == 0 else None
         scorer = Scorer(
@@ -259,7 +274,7 @@ class _Builder:
 
     def _validator(
         self,
-        rollout: ColocatedRollout,
+        rollout: Rollout,
         scorer: Scorer,
         add_model_scores: Callable[[list[Sample]], list[Sample]] | None,
     ) -> Validator:

@@ -40,7 +40,8 @@ class ConversationEncoder:
         Raises:
             ValueError: the template refuses the conversation.
         """
-        turns = [*sample.prompt.messages, {"role": "assistant", "content": sample.response_text}]
+        answers = sample.turns or ({"role": "assistant", "content": sample.response_text},)
+        turns = [*sample.prompt.messages, *answers]
         try:
             return list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
         except Exception as error:

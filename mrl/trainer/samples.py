@@ -25,6 +25,9 @@ def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[st
         "prompt/length_mean": sum(len(sample.prompt.token_ids) for sample in samples) / count,
         "rollout/weight_version": float(min(sample.generation.weight_version for sample in samples)),
     }
+    if any(sample.turns for sample in samples):
+        answers = [sum(turn["role"] == "assistant" for turn in sample.turns) for sample in samples]
+        metrics |= {"response/turns_mean": sum(answers) / count, "response/turns_max": float(max(answers))}
     for part in sorted({key for sample in samples for key in sample.reward_info}):
         values = [sample.reward_info[part] for sample in samples if part in sample.reward_info]
         metrics[f"reward/{part.removeprefix('reward/')}"] = sum(values) / len(values)
@@ -80,6 +83,7 @@ def _row(sample: Sample, step: int) -> dict[str, object]:
         "data_source": sample.prompt.data_source,
         "messages": sample.prompt.messages,
         "response": sample.response_text,
+        **({"turns": sample.turns} if sample.turns else {}),
         "ground_truth": sample.prompt.ground_truth,
         "reward": sample.reward,
         "reward_info": sample.reward_info,

@@ -115,6 +115,39 @@ def test_experts_are_those_that_two_engines_chose(tmp_path):
         assert 0 < row["actor/router_replay_changed_fraction"] < 0.5
 
 
+def test_conversations_train_what_the_model_wrote_and_nothing_else(tmp_path):
+    # Random weights end an answer within 16 tokens two times out of three.
+    more = {
+        "data.max_response_length": "40",
+        "actor_rollout_ref.rollout.multi_turn.max_turn_length": "16",
+        "critic.ppo_micro_batch_size_per_gpu": "4",
+    }
+    outcome, rows = run_example("multi_turn_embedded", tmp_path, **more)
+    assert outcome.status == 0, outcome.output
+    assert "does not act" not in outcome.output
+    assert 1 < rows[-1]["response/turns_mean"] <= rows[-1]["response/turns_max"] == 2
+    assert rows[-1]["rollout/environment_failed"] == 0
+    # The trainer reads a whole conversation at once, and finds what the engine found turn by turn.
+    assert all(row["parity/log_prob_abs_diff_max"] < 1e-5 for row in rows)
+    samples = read_samples(tmp_path / "run", 2)
+    for sample in samples:
+        question, answers = sample["messages"][-1]["content"], sample["turns"][0::2]
+        assert {turn["role"] for turn in answers} == {"assistant"}
+        assert [turn["content"] for turn in sample["turns"][1::2]] == [question] * (len(answers) - 1)
+        assert all(turn["content"] != sample["ground_truth"] for turn in answers[:-1])
+    assert len({len(sample["turns"]) for sample in samples}) == 2
+
+
+def test_an_environment_that_cannot_be_used_is_refused_before_anything_starts(tmp_path):
+    more = {
+        "actor_rollout_ref.rollout.multi_turn.environment.path": "/nowhere.py",
+        "critic.ppo_micro_batch_size_per_gpu": "4",
+    }
+    outcome, _ = run_example("multi_turn_embedded", tmp_path, **more)
+    assert outcome.status == 1
+    assert "environment.path = /nowhere.py does not exist; give a Python file" in " ".join(outcome.output.split())
+
+
 def test_dapo_fills_its_steps_with_prompts_that_have_a_spread_and_resumes_exactly(tmp_path):
     more = {"data.gen_batch_size": "12", "algorithm.filter_groups.max_num_gen_batches": "40", "trainer.save_freq": "1"}
     outcome, rows = run_example("dapo_embedded", tmp_path, **more)

@@ -30,6 +30,11 @@ ROLLOUT_RULES = (
         reason="the actor's weights replace whatever the engine loaded before the first rollout; leave it at dummy",
     ),
     Rule(
+        keys=tuple(f"{ROLLOUT}.multi_turn.{key}" for key in ("max_assistant_turns", "max_turn_length", "environment.")),
+        when=lambda config: not config.actor_rollout_ref.rollout.multi_turn.enable,
+        reason=f"the model answers once; set {ROLLOUT}.multi_turn.enable=True",
+    ),
+    Rule(
         keys=(f"{ROLLOUT}.enable_rollout_routing_replay",),
         when=lambda config: (
             config.actor_rollout_ref.rollout.enable_rollout_routing_replay and not config.replays_routers

@@ -264,6 +264,18 @@ CASES = [
     ),
     ("critic.megatron.param_offload=True", ["trainer.device=cpu"], "no device memory", ["trainer.device=auto"]),
     (
+        f"{ROLLOUT}.multi_turn.max_turn_length=64",
+        [],
+        "the model answers once",
+        [f"{ROLLOUT}.multi_turn.enable=True", f"{ROLLOUT}.multi_turn.environment.path=/x"],
+    ),
+    (
+        f"{ROLLOUT}.multi_turn.environment.path=/x",
+        [],
+        "set actor_rollout_ref.rollout.multi_turn.enable=True",
+        [f"{ROLLOUT}.multi_turn.enable=True", f"{ROLLOUT}.multi_turn.max_turn_length=64"],
+    ),
+    (
         f"{ROLLOUT}.enable_rollout_routing_replay=True",
         [],
         "router_replay.mode is disabled; set it to R3",

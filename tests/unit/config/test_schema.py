@@ -212,6 +212,24 @@ def test_the_key_table_is_up_to_date():
             r"critic\.megatron\.router_replay\.mode: drop it: this role's routers",
         ),
         (
+            "actor_rollout_ref.rollout.multi_turn.enable=True",
+            r"rollout\.multi_turn\.enable = True needs environment\.path, a Python file",
+        ),
+        (
+            "actor_rollout_ref.rollout.multi_turn.enable=True actor_rollout_ref.rollout.multi_turn.environment.path=/x",
+            r"enable = True needs max_assistant_turns or max_turn_length",
+        ),
+        (
+            "actor_rollout_ref.rollout.multi_turn.enable=True "
+            "actor_rollout_ref.rollout.multi_turn.environment.path=/x "
+            "actor_rollout_ref.rollout.multi_turn.max_turn_length=600",
+            r"max_turn_length = 600 is more than a whole conversation may have: data\.max_response_length = 512",
+        ),
+        (
+            "actor_rollout_ref.rollout.multi_turn.tool_config_path=/tools.yaml",
+            r"multi_turn\.tool_config_path: set actor_rollout_ref\.rollout\.multi_turn\.environment\.path",
+        ),
+        (
             "+actor_rollout_ref.rollout.engine_kwargs.sglang.base_gpu_id=1",
             r"engine_kwargs\.sglang\.base_gpu_id = 1: engines run on the GPUs of their own ranks; drop it",
         ),
