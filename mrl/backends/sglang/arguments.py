@@ -109,6 +109,8 @@ def child_environment(
 ) -> dict[str, str]:
     """Environment variables of the engine's processes; SGLang counts GPUs upwards, so another order is made here."""
     environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **aliasing.environment(alias_weights)}
+    if device == "cuda":
+        environment |= _gpu_environment()
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))
         bound = [str(cores[rank % len(cores)]) for rank in range(tp_size)]
@@ -118,6 +120,23 @@ def child_environment(
         names = visible.split(",") if visible else [str(number) for number in range(max(gpus) + 1)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return environment
+
+
+def _gpu_environment() -> dict[str, str]:
+    # By numactl, in front of the interpreter, it would bind only where the start method is spawn for all of a process.
+    environment = {"SGLANG_NUMA_BIND_V2": "0"}
+    folder = _cuda_runtime_folder(Path("/proc/self/maps").read_text())
+    if folder is not None:
+        # The memory saver is preloaded, before Python could say where torch's CUDA runtime is.
+        searched = [os.environ.get("LD_LIBRARY_PATH"), folder]
+        environment["LD_LIBRARY_PATH"] = ":".join(path for path in searched if path)
+    return environment
+
+
+def _cuda_runtime_folder(mapped: str) -> str | None:
+    """Where the CUDA runtime that torch has loaded lies, from /proc/self/maps."""
+    paths = (line.split(maxsplit=5)[5] for line in mapped.splitlines() if "/libcudart.so" in line)
+    return next((str(Path(path).parent) for path in paths), None)
 
 
 def check_start(

@@ -1,8 +1,15 @@
-"""On which GPUs an engine's processes are told to run."""
+"""On which GPUs an engine's processes are told to run, and what else they find in their environment."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from mrl.backends.sglang.arguments import child_environment, engine_args
 
@@ -39,3 +46,31 @@ def test_processes_see_gpus_of_another_order_in_that_order(monkeypatch, gpus, vi
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert child_environment("cuda", max(1, len(gpus)), gpus=gpus).get("CUDA_VISIBLE_DEVICES") == seen
+
+
+def test_the_memory_saver_can_be_preloaded_wherever_the_cuda_runtime_is_installed(tmp_path, monkeypatch):
+    """As SGLang starts its schedulers; a library that the loader cannot find would end them before Python starts."""
+    if shutil.which("gcc") is None:
+        pytest.skip("a stand-in for the driver needs gcc")
+    hook = next(Path(torch.__file__).parents[1].glob("torch_memory_saver_hook_mode_preload_cu13*.so"))
+    stub = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, "-x", "c", "/dev/null"], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    environment = child_environment("cuda", 1)
+    first, runtime = environment["LD_LIBRARY_PATH"].split(":")
+    assert first == str(tmp_path), "the user's folders come first"
+    assert list(Path(runtime).glob("libcudart.so.*"))
+    done = subprocess.run(
+        [sys.executable, "-c", "print('alive')"],
+        env={**os.environ, **environment, "LD_PRELOAD": str(hook)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "alive\n", done.stderr
+
+
+def test_no_cuda_library_is_searched_for_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})
+    environment = child_environment("cpu", 1)
+    assert "LD_LIBRARY_PATH" not in environment
+    assert "SGLANG_NUMA_BIND_V2" not in environment
