@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mrl.config.actor import ActorConfig, RefConfig
 from mrl.config.algorithm import CRITIC_ESTIMATORS, GREEDY_ESTIMATORS, GROUP_ESTIMATORS, AlgorithmConfig
@@ -16,6 +18,16 @@ from mrl.config.reward import RewardConfig
 from mrl.config.rollout import RolloutConfig
 from mrl.config.section import Section
 from mrl.config.trainer import TrainerConfig
+
+NOT_WITH_REPLAY: Mapping[str, Callable[[Any], bool]] = {
+    "speculative_algorithm": lambda value: value is None,
+    # Its buffer has as many rows.
+    "chunked_prefill_size": lambda value: value is None or value > 0,
+    "pp_size": lambda value: value == 1,
+    "enable_two_batch_overlap": lambda value: not value,
+    "enable_dp_attention": lambda value: not value,
+}
+"""SGLang's arguments with which the experts it reports are none, another token's or too many for their buffer."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -135,13 +147,13 @@ class PPOConfig(Section):
             )
 
     def _check_router_replay(self) -> None:
-        speculation = self.actor_rollout_ref.rollout.engine_kwargs.sglang.get("speculative_algorithm")
-        if self.replays_routers and speculation:
-            raise ConfigError(
-                "actor_rollout_ref.actor.megatron.router_replay.mode = R3 needs every token's experts, and SGLang does "
-                "not report them with actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm = "
-                f"{speculation!r}; drop one of them"
-            )
+        engine_args = self.actor_rollout_ref.rollout.engine_kwargs.sglang
+        for name, is_allowed in NOT_WITH_REPLAY.items():
+            if self.replays_routers and name in engine_args and not is_allowed(engine_args[name]):
+                raise ConfigError(
+                    "actor_rollout_ref.actor.megatron.router_replay.mode = R3 needs every token's experts, and SGLang "
+                    f"does not report all of them with engine_kwargs.sglang.{name} = {engine_args[name]!r}; drop one"
+                )
 
     def _check_turns(self) -> None:
         if self.turn_length > self.data.max_response_length:

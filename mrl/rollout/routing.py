@@ -36,8 +36,9 @@ class RoutedExpertsExchange:
         assert spec.moe is not None, "a model without experts has nothing to exchange"
         self._rank = rank
         self._head_of = [hosts.index(host) for host in hosts]
-        self._width = spec.num_hidden_layers * spec.moe.num_experts_per_tok
-        self._dtype = torch.uint8 if spec.moe.num_experts <= 256 else torch.int16
+        self._k, self._num_experts = spec.moe.num_experts_per_tok, spec.moe.num_experts
+        self._width = spec.num_hidden_layers * self._k
+        self._dtype = torch.uint8 if self._num_experts <= 256 else torch.int16
         self._heads = sorted(set(self._head_of))
         self._group = dist.new_group(self._heads, backend="gloo") if len(self._heads) > 1 else None
 
@@ -49,8 +50,8 @@ class RoutedExpertsExchange:
             prompts: those of all generations.
 
         Raises:
-            EngineError: an engine has reported experts for other tokens, layers or numbers than the model has, or a
-                host has no shared memory left. Raised on all ranks.
+            EngineError: an engine has reported experts that the model does not have, or not of all tokens and layers,
+                or a host has no shared memory left. Raised on all ranks.
         """
         rows = [
             len(prompts[index].token_ids) + len(generation.response_ids) - 1
@@ -69,37 +70,59 @@ class RoutedExpertsExchange:
 
     def _allocate(self, rows: int) -> Tensor:
         """[rows, layers k], the same memory on all ranks of a host."""
-        shape = rows, self._width
-        memory = torch.empty(shape if self._rank == self._head_of[self._rank] else (0, self._width), dtype=self._dtype)
-        buffers = gather_results(lambda: self._export(memory))
-        if memory.numel():
-            return memory
-        buffer = buffers[self._head_of[self._rank]]
-        assert buffer is not None, "the head of this host has exported nothing"
-        return open_buffer(buffer).view(self._dtype)[: rows * self._width].view(shape)
+        num_bytes, head = rows * self._width * self._dtype.itemsize, self._head_of[self._rank]
+        memory = torch.empty(0, dtype=torch.uint8)
 
-    def _export(self, memory: Tensor) -> SourceBuffer | None:
-        if not memory.numel():
-            return None
-        try:
+        def share() -> SourceBuffer | None:
+            nonlocal memory
+            if head != self._rank:
+                return None
+            memory = self._new_shared_memory(num_bytes)
             return export_storage(memory)
+
+        def map_it() -> None:
+            nonlocal memory
+            buffer = buffers[head]
+            if head != self._rank and buffer is not None:
+                memory = open_buffer(buffer)
+
+        buffers = gather_results(share)
+        gather_results(map_it)
+        return memory[:num_bytes].view(self._dtype).view(rows, self._width)
+
+    def _new_shared_memory(self, num_bytes: int) -> Tensor:
+        try:
+            # Shared from the start: moving memory there later would copy what nobody has written yet.
+            storage = torch.UntypedStorage._new_using_fd_cpu(num_bytes)
         except RuntimeError as error:
             raise EngineError(
-                f"rank {self._rank} cannot share {memory.nbytes} bytes with its host's ranks for router_replay "
-                f"({error}); enlarge /dev/shm (containers: --shm-size), or generate fewer tokens in a step"
+                f"rank {self._rank} cannot share {num_bytes} bytes with its host's ranks for router_replay ({error}); "
+                "enlarge /dev/shm (containers: --shm-size), or generate fewer tokens in a step"
             ) from error
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def _write(self, share: Mapping[int, Generation], mine: Mapping[int, Generation]) -> None:
         for index, generation in share.items():
             found, place = mine[index].routed_experts, generation.routed_experts
             assert place is not None
-            if found is None or found.shape != place.shape:
-                raise EngineError(
-                    f"the rollout engine of rank {self._rank} reported experts of shape "
-                    f"{None if found is None else tuple(found.shape)} for a sample that needs {tuple(place.shape)} "
-                    "(tokens but the last, layers x experts per token)"
-                )
+            problem = self._find_problem(found, place.shape)
+            if found is None or problem:
+                raise EngineError(f"the rollout engine of rank {self._rank} reported {problem}")
             place.copy_(found)
+
+    def _find_problem(self, found: Tensor | None, shape: torch.Size) -> str | None:
+        """What about a sample's experts would end in an illegal access, or in a token sent to fewer than k of them."""
+        if found is None or found.shape != shape:
+            return (
+                f"experts of shape {None if found is None else tuple(found.shape)} for a sample that needs "
+                f"{tuple(shape)} (tokens but the last, layers x experts per token)"
+            )
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self._num_experts:
+            return f"experts {int(found.min())} to {int(found.max())} of a model with {self._num_experts}"
+        first, *others = found.view(len(found), -1, self._k).unbind(2)
+        if any(bool((first == other).any()) for other in others):
+            return "an expert twice for the same token and layer, as for layers that it does not capture"
+        return None
 
     def _exchange(self, shares: Shares, memory: Tensor) -> None:
         """Bring what each host's leaders have written to the other hosts."""

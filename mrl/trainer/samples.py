@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from mrl.types import Sample
@@ -54,7 +55,7 @@ class SampleWriter:
         if self._folder is None:
             return
         self._finish()
-        self._pending = self._thread.submit(_write, self._folder / f"{step}.jsonl", list(samples), step)
+        self._pending = self._thread.submit(_write, self._folder / f"{step}.jsonl", _without_experts(samples), step)
 
     def close(self) -> None:
         """Wait for the last samples; raises as `write` does."""
@@ -67,6 +68,11 @@ class SampleWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+
+def _without_experts(samples: Sequence[Sample]) -> list[Sample]:
+    """One view of a rollout's experts would keep all of them in memory until the file is written."""
+    return [replace(sample, generation=replace(sample.generation, routed_experts=None)) for sample in samples]
 
 
 def _write(path: Path, samples: Sequence[Sample], step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mrl.backends.sglang import hooks
+from mrl.backends.sglang.arguments import child_environment
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.interfaces import EngineDiedError
 from mrl.launch.environment import RankEnvironment
@@ -416,3 +418,54 @@ def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
     for num_bytes, answers in run_ranks(main, 2, timeout_s=240):
         assert answers == [(str(index), row, 4) for index, row in enumerate(rows)]
         assert num_bytes > 600_000 * len(tp_sizes)
+
+
+def test_engines_on_gpus_start_on_hosts_of_several_numa_nodes(monkeypatch):
+    """SGLang would put numactl in front of the interpreter, and insists on a start method that ranks do not have."""
+    preload_sglang()
+    from sglang.srt.utils import numa_utils
+
+    monkeypatch.setattr(numa_utils, "get_numa_node_if_available", lambda *_: 0)
+    monkeypatch.setattr(numa_utils, "_numactl_cpu_mem_args", lambda *_: "--cpunodebind=0")
+    monkeypatch.setattr(numa_utils, "_probe_numactl_args", lambda args: (args, ""))
+    monkeypatch.setattr(numa_utils, "_create_numactl_executable", lambda **_: ("numactl", ""))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    with pytest.raises(AssertionError, match="fork"), numa_utils.configure_subprocess(None, 0):
+        pass
+    for name, value in child_environment("cuda", 2).items():
+        monkeypatch.setenv(name, value)
+    with numa_utils.configure_subprocess(None, 0):
+        pass
+
+
+def test_captured_experts_leave_the_buffer_that_the_next_batch_is_written_to():
+    buffer, places = torch.arange(6).view(3, 2), torch.arange(3)
+    output = SimpleNamespace(topk=buffer[:2], out_cache_loc=places)
+    assert hooks.keep_what_was_captured(lambda *_, **__: output, "capturer") is output
+    buffer.zero_()
+    places.zero_()
+    assert output.topk.tolist() == [[0, 1], [2, 3]]
+    assert output.out_cache_loc.tolist() == [0, 1, 2]
+    assert hooks.keep_what_was_captured(lambda: None) is None
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_routers_learn_their_layers_where_experts_are_reported(reports):
+    class Block(torch.nn.Module):
+        def __init__(self, experts: torch.nn.Module) -> None:
+            super().__init__()
+            self.topk = torch.nn.Identity()
+            self.topk.layer_id = None
+            self.experts = experts
+
+    fused = torch.nn.Identity()
+    fused.layer_id = 5
+    # Some models have their experts one by one; these do not report any.
+    block = Block(fused if reports else torch.nn.ModuleList())
+    runner = SimpleNamespace(
+        model=torch.nn.Sequential(block), server_args=SimpleNamespace(enable_return_routed_experts=reports)
+    )
+    called = []
+    hooks.capture_every_layer(called.append, runner)
+    assert called == [runner]
+    assert block.topk.layer_id == (5 if reports else None)

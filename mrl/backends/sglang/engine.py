@@ -30,7 +30,7 @@ from mrl.backends.sglang.arguments import (
     max_request_tokens,
 )
 from mrl.backends.sglang.parts import EnginePart
-from mrl.backends.sglang.requests import check_prompts, generation_of, sampling_dict
+from mrl.backends.sglang.requests import check_prompts, generation_of, pack_experts, sampling_dict
 from mrl.backends.sglang.status import check_own_pairs, report_of
 from mrl.backends.sglang.supervisor import EngineSupervisor
 from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport, update_round
@@ -301,7 +301,7 @@ class SGLangEngine:
         )
         async for output in self._supervisor.manager.generate_request(request, None):
             if output["meta_info"]["finish_reason"] is not None:
-                outputs[output["index"]] = output
+                outputs[output["index"]] = pack_experts(output)
 
     async def _answer(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         request = GenerateReqInput(
@@ -310,7 +310,7 @@ class SGLangEngine:
             return_logprob=True,
             return_routed_experts=params.return_routed_experts,
         )
-        return await self._supervisor.manager.generate_request(request, None).__anext__()
+        return pack_experts(await self._supervisor.manager.generate_request(request, None).__anext__())
 
     async def _drain(
         self,

@@ -20,6 +20,7 @@ from mrl.backends.sglang import aliasing, graphs, status, weight_loader
 
 GROUP_INIT = "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__"
 ROUTING_CAPTURE = "sglang.srt.model_executor.model_runner.ModelRunner.init_routed_experts_capturer"
+CAPTURE_OUTPUT = "sglang.srt.state_capturer.base.BaseTopkCapturer.on_forward_end"
 ROUTING_CACHE = "sglang.srt.state_capturer.base.BaseHostCache.__init__"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 LOADER = f"{_UPDATER}.update_weights_from_tensor"
@@ -47,6 +48,7 @@ def register() -> None:
         HookRegistry.register(GROUP_INIT, without_cuda_collectives, HookType.AROUND)
         HookRegistry.register(ROUTING_CACHE, without_pinned_memory, HookType.AROUND)
     HookRegistry.register(ROUTING_CAPTURE, capture_every_layer, HookType.AROUND)
+    HookRegistry.register(CAPTURE_OUTPUT, keep_what_was_captured, HookType.AROUND)
     HookRegistry.register(LOADER, report_every_rank, HookType.AROUND)
     HookRegistry.register(UPDATE, fail_instead_of_assert, HookType.AROUND)
     for target in OTHER_LOADERS:
@@ -67,11 +69,23 @@ def without_cuda_collectives(original: Callable[..., None], *args: Any, **kwargs
 
 def capture_every_layer(original: Callable[..., None], model_runner: Any) -> None:
     """Prepare to note the experts of every token, also in models that do not tell their routers which layer it is."""
-    for block in model_runner.model.modules():
+    blocks = model_runner.model.modules() if model_runner.server_args.enable_return_routed_experts else ()
+    for block in blocks:
         router = getattr(block, "topk", None)
         if isinstance(router, torch.nn.Module) and router.layer_id is None:
             router.layer_id = block.experts.layer_id
     original(model_runner)
+
+
+def keep_what_was_captured(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Take the experts out of the buffer that the next batch is captured into.
+
+    SGLang 0.5.16 copies them to the host on another stream, for which the next batch does not wait.
+    """
+    output = original(*args, **kwargs)
+    if output is not None:
+        output.topk, output.out_cache_loc = output.topk.clone(), output.out_cache_loc.clone()
+    return output
 
 
 def without_pinned_memory(

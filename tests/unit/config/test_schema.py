@@ -204,6 +204,11 @@ def test_the_key_table_is_up_to_date():
             r"router_replay\.mode = R3 needs every token's experts.*speculative_algorithm = 'EAGLE'; drop one",
         ),
         (
+            "actor_rollout_ref.actor.megatron.router_replay.mode=R3 "
+            "+actor_rollout_ref.rollout.engine_kwargs.sglang.chunked_prefill_size=-1",
+            r"does not report all of them with engine_kwargs\.sglang\.chunked_prefill_size = -1",
+        ),
+        (
             "actor_rollout_ref.actor.megatron.router_replay.record_file=/x",
             r"record_file: drop it: .* no file is needed",
         ),

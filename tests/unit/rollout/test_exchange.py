@@ -29,8 +29,9 @@ def make_moe_spec(num_experts=8):
 
 
 def experts_of(index, rows):
-    """Any numbers, other ones for every sample."""
-    return (torch.arange(rows * LAYERS * K).view(rows, -1) * (index + 1) % 251).to(torch.int16)
+    """Two different ones for every token and layer, other ones in every sample."""
+    first = (torch.arange(rows * LAYERS) * (index + 1)) % 7
+    return torch.stack([first, first + 1], dim=1).view(rows, -1).to(torch.int16)
 
 
 def generation(index, *, experts=True):
@@ -99,23 +100,28 @@ def test_a_host_has_the_experts_once_and_nothing_stays():
     assert on_four_ranks(scenario) == [(99, 0), (99, 0), (0, 0), (0, 0)]
 
 
-def test_experts_of_the_wrong_shape_are_refused_on_every_rank():
+def test_experts_that_cannot_be_are_refused_on_every_rank():
     def scenario(rank):
         exchange = GenerationExchange("aaaa", make_moe_spec(), rank=rank)
         mine = generations_of(rank)
+        garbage, zeros = generations_of(rank), generations_of(rank)
         if rank == 2:
             mine[5].routed_experts = mine[5].routed_experts[:-1]
+            garbage[5].routed_experts[2, 3] = 8
+            zeros[2].routed_experts[1, 2:4] = 0
         messages = []
-        for broken in (mine, generations_of(rank, experts=rank != 1)):
+        for broken in (mine, generations_of(rank, experts=rank != 1), garbage, zeros):
             try:
                 exchange.gather(broken, PROMPTS, with_experts=True)
             except EngineError as error:
                 messages.append(str(error))
         return messages
 
-    for cut, missing in on_four_ranks(scenario):
+    for cut, missing, garbage, zeros in on_four_ranks(scenario):
         assert "engine of rank 2 reported experts of shape (8, 6) for a sample that needs (9, 6)" in cut
         assert "engine of rank 1 reported experts of shape None" in missing
+        assert "engine of rank 2 reported experts 0 to 8 of a model with 8" in garbage
+        assert "engine of rank 2 reported an expert twice for the same token and layer" in zeros
 
 
 def test_a_dense_model_has_no_experts_to_exchange():

@@ -4,8 +4,9 @@ import base64
 
 import numpy as np
 import pytest
+import torch
 
-from mrl.backends.sglang.requests import generation_of
+from mrl.backends.sglang.requests import generation_of, pack_experts
 from mrl.interfaces import EngineError
 from mrl.types import SamplingParams
 
@@ -16,7 +17,7 @@ WITH_EXPERTS = SamplingParams(max_new_tokens=2, return_routed_experts=True)
 def output(*, experts=None, **meta):
     """An answer of two tokens to a prompt of three."""
     encoded = {} if experts is None else {"routed_experts": base64.b64encode(np.int32(experts).tobytes()).decode()}
-    return {
+    answer = {
         "output_ids": [7, 8],
         "meta_info": {
             "output_token_logprobs": [(-0.5, 7, None), (-1.5, 8, None)],
@@ -27,6 +28,7 @@ def output(*, experts=None, **meta):
             **meta,
         },
     }
+    return pack_experts(answer)
 
 
 def test_an_answer_of_a_hand_worked_case():
@@ -40,6 +42,11 @@ def test_experts_have_a_row_for_every_token_but_the_last():
     experts = generation_of(output(experts=range(4 * 6)), WITH_EXPERTS).routed_experts
     assert experts is not None
     assert experts.tolist() == [list(range(first, first + 6)) for first in (0, 6, 12, 18)]
+    assert experts.dtype == torch.uint8
+    many = generation_of(output(experts=range(250, 250 + 4 * 6)), WITH_EXPERTS).routed_experts
+    assert many is not None
+    assert many.dtype == torch.int16
+    assert int(many[-1, -1]) == 273
 
 
 @pytest.mark.parametrize(
