@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-hosts test-gpu unit integration lint env lock clean
+.PHONY: demo test test-hosts test-gpu unit integration lint env gpu lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## train PPO on the embedded task: 8 ranks, real engines, no GPU needed
@@ -35,6 +35,9 @@ env: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml setup.py
 	sh tools/make_env.sh $(VENV)
 	touch $@
+
+gpu: $(STAMP)  ## transformer-engine, compiled against the environment's torch: needs nvcc, 5 to 20 minutes
+	sh tools/make_te.sh $(VENV)
 
 lock:  ## resolve the pinned requirements again
 	$(VENV)/bin/uv pip compile --quiet --python $(PYTHON) --extra dev --extra ray pyproject.toml -o requirements.lock

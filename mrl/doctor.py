@@ -8,6 +8,9 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -17,15 +20,18 @@ import psutil
 from packaging.requirements import Requirement
 from rich.markup import escape
 
+from mrl.cuda_tools import driver_cuda, find_nvcc, nvcc_cuda, torch_cuda
 from mrl.observability.console import show_table
 
 _FEW_FILES = 4096
 _LITTLE_SHARED_MEMORY = 1 << 30
+_LOCAL_LAYERS = "Megatron's local layers are used: no fused norm and linear, no flash attention, no fused Adam"
+_BUILD_TE = "`make gpu`, or `sh tools/make_te.sh ENVIRONMENT`, builds it"
 _EXTRAS = {
-    "ray": "trainer.launcher=ray cannot be used",
-    "gpu": "Megatron's local layers are used: no fused norm and linear, no flash attention, no fused Adam",
+    "ray": "trainer.launcher=ray cannot be used; pip install 'mrl[ray]'",
+    "gpu": f"{_LOCAL_LAYERS}; {_BUILD_TE}",
 }
-"""What is lost without an optional group of requirements."""
+"""What is lost without an optional group of requirements, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def examine() -> list[Finding]:
         *check_requirements(requires("mrl") or (), has_gpu=bool(gpus)),
         check_apex(),
         *(gpus or [Finding("GPU", "none: runs use the CPU")]),
-        *([_check_compiler()] if gpus else []),
+        *(_check_gpu_tools() if gpus else []),
         Finding("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {os.cpu_count()} cores"),
         *check_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0], shutil.disk_usage("/dev/shm").total),
     ]
@@ -65,7 +71,7 @@ def check_requirements(requirements: Iterable[str], *, has_gpu: bool) -> list[Fi
             found = version(requirement.name)
         except PackageNotFoundError:
             wanted = extra != "gpu" or has_gpu
-            remedy = _EXTRAS[extra] + f"; pip install 'mrl[{extra}]'" if extra else f"pip install {requirement}"
+            remedy = _EXTRAS[extra] if extra else f"pip install {requirement}"
             findings.append(Finding(requirement.name, "absent", remedy if wanted else "", is_error=extra is None))
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
@@ -129,10 +135,55 @@ def _find_gpus() -> list[Finding]:
     ]
 
 
-def _check_compiler() -> Finding:
-    nvcc = shutil.which("nvcc")
-    lost = "without a compiled extension the reshard runs on slower torch copies; install the CUDA toolkit"
-    return Finding("nvcc", nvcc or "absent", "" if nvcc else lost)
+def _check_gpu_tools() -> list[Finding]:
+    wanted, nvcc = torch_cuda(), find_nvcc(os.environ)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return [
+        check_driver(driver_cuda(), wanted),
+        check_nvcc(nvcc, nvcc_cuda(nvcc) if nvcc else None, wanted),
+        check_tool("g++", shutil.which(os.environ.get("CXX", "g++"))),
+        check_tool("Python.h", str(headers) if headers.is_file() else None),
+        *check_transformer_engine(),
+    ]
+
+
+def check_driver(runs: int | None, wanted: int) -> Finding:
+    """The driver against torch's CUDA; a driver that does not say what it runs passes."""
+    fits = runs is None or runs >= wanted
+    remedy = f"torch was built for CUDA {wanted}; install a driver that runs it (580 or newer for CUDA 13)"
+    return Finding(
+        "driver", "of unknown CUDA" if runs is None else f"runs CUDA {runs}", "" if fits else remedy, not fits
+    )
+
+
+def check_nvcc(nvcc: Path | None, found: int | None, wanted: int) -> Finding:
+    """SGLang compiles kernels at its first start, and mrl the reshard's."""
+    fits = nvcc is not None and found == wanted
+    remedy = f"engines cannot start without nvcc of CUDA {wanted}, torch's; install the toolkit and set CUDA_HOME"
+    return Finding("nvcc", f"{nvcc}, CUDA {found or '?'}" if nvcc else "absent", "" if fits else remedy, not fits)
+
+
+def check_tool(name: str, path: str | None) -> Finding:
+    """What nvcc and Triton compile their host code with."""
+    remedy = "kernels cannot be compiled without it; Debian: apt install g++ python3.12-dev"
+    return Finding(name, path or "absent", "" if path else remedy, path is None)
+
+
+def check_transformer_engine() -> list[Finding]:
+    """Whether what is installed of it can be imported; nothing to say where it is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return []
+    # In a process of its own: it starts CUDA.
+    command = [sys.executable, "-c", "import transformer_engine.pytorch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return [Finding("transformer_engine.pytorch", "can be imported")]
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return [
+        Finding(
+            "transformer_engine.pytorch", f"cannot be imported: {reason:.200}", f"{_LOCAL_LAYERS}; {_BUILD_TE}", True
+        )
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

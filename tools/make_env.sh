@@ -22,7 +22,7 @@ if ! python=$(find_python); then
     cat >&2 <<'MESSAGE'
 mrl needs Python 3.12 (megatron-core and the pinned sglang do), and none was found.
 Looked at: $MRL_PYTHON, python3.12 and python3 on PATH, ~/.pyenv/versions/3.12*, /opt/python, uv.
-Install one of: apt install python3.12 python3.12-venv | pyenv install 3.12 | uv python install 3.12
+Install one of: apt install python3.12 python3.12-venv python3.12-dev | pyenv install 3.12 | uv python install 3.12
 or name it:     MRL_PYTHON=/path/to/python3.12 make demo
 MESSAGE
     exit 1

@@ -148,6 +148,8 @@ def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
 def _run_rank(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvironment) -> None:
     if plan.device == "cuda":
         _refuse_inherited_cuda()
+        # Before the imports: what they do with CUDA then happens on the rank's own GPU.
+        torch.cuda.set_device(env.local_rank)
     _preload()
     from mrl.trainer.build import run_rank
 

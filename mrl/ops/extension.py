@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mrl.cuda_tools import nvcc_cuda, torch_cuda
 from mrl.ops import fake, reference
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ def _missing_for_build() -> str:
 
     if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
         return "nvcc (the CUDA toolkit; set CUDA_HOME)"
+    found = nvcc_cuda(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+    if found != torch_cuda():
+        return f"nvcc of CUDA {torch_cuda()}, as torch; {cpp_extension.CUDA_HOME} has CUDA {found} (set CUDA_HOME)"
     if not source_folder().is_dir():
         return f"the sources in {source_folder()}"
     return "" if cpp_extension.is_ninja_available() else "ninja (pip install ninja)"

@@ -9,6 +9,8 @@ from typing import Literal
 import psutil
 import torch
 
+from mrl.cuda_tools import driver_cuda, torch_cuda
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -53,7 +55,19 @@ def choose_device(requested: str) -> Device:
 
 
 def check_gpus(ranks_per_host: int) -> None:
-    """ValueError unless this process sees a GPU for each rank of its host."""
+    """ValueError unless this process sees a GPU for each rank of its host, which torch and this package can use."""
+    runs, wanted = driver_cuda(), torch_cuda()
+    if runs is not None and runs < wanted:
+        raise ValueError(
+            f"this host's driver runs CUDA {runs}, but torch was built for CUDA {wanted}; install a newer one (580 and "
+            "later run CUDA 13)"
+        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ValueError(
+                f"{name}={os.environ[name]}: engines read the trainer's memory, and segments that expand cannot be "
+                "shared; unset it, or set expandable_segments:False"
+            )
     seen, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if seen < ranks_per_host:
         limited = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"

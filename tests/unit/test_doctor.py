@@ -3,10 +3,11 @@
 import resource
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from mrl import doctor
+from mrl import cuda_tools, doctor
 
 
 def findings(*requirements, has_gpu=False):
@@ -65,3 +66,46 @@ def test_low_limits_come_with_a_remedy():
 def test_this_environment_is_found_sound(capsys):
     assert doctor.main([]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_a_gpu_host_needs_a_driver_and_a_compiler_of_torchs_cuda():
+    assert not doctor.check_driver(13, 13).is_error
+    assert not doctor.check_driver(None, 13).is_error
+    old = doctor.check_driver(12, 13)
+    assert old.is_error
+    assert "torch was built for CUDA 13; install a driver that runs it (580" in old.remedy
+    assert not doctor.check_nvcc(Path("/cuda/bin/nvcc"), 13, 13).is_error
+    for finding in (doctor.check_nvcc(None, None, 13), doctor.check_nvcc(Path("/cuda/bin/nvcc"), 12, 13)):
+        assert finding.is_error
+        assert "engines cannot start without nvcc of CUDA 13" in finding.remedy
+    assert doctor.check_tool("Python.h", None).is_error
+    assert not doctor.check_tool("g++", "/usr/bin/g++").is_error
+
+
+def test_transformer_engine_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch):
+    assert doctor.check_transformer_engine() == []
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pytorch" / "__init__.py").write_text("raise ImportError('another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    [finding] = doctor.check_transformer_engine()
+    assert finding.is_error
+    assert "cannot be imported: ImportError: another torch" in finding.found
+    assert "make gpu" in finding.remedy
+    (package / "pytorch" / "__init__.py").write_text("")
+    assert not doctor.check_transformer_engine()[0].is_error
+
+
+def test_nvcc_is_found_where_torch_looks_for_it(tmp_path):
+    for folder in ("home", "path"):
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        nvcc = tmp_path / folder / "bin" / "nvcc"
+        nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+        nvcc.chmod(0o755)
+    on_path = {"PATH": str(tmp_path / "path" / "bin")}
+    assert cuda_tools.find_nvcc(on_path) == tmp_path / "path/bin/nvcc"
+    assert cuda_tools.find_nvcc({**on_path, "CUDA_HOME": str(tmp_path / "home")}) == tmp_path / "home/bin/nvcc"
+    assert cuda_tools.find_nvcc({**on_path, "CUDA_PATH": str(tmp_path / "nowhere")}) is None
+    assert cuda_tools.nvcc_cuda(tmp_path / "home/bin/nvcc") == 12

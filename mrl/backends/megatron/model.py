@@ -190,7 +190,7 @@ def build_chunks(
 ) -> list[ModelChunk]:
     """This rank's chunks, one per virtual stage, with uninitialised weights. Called by all ranks of the role."""
     if torch.cuda.is_available() and not HAVE_TE and torch.distributed.get_rank() == 0:
-        logger.warning("transformer-engine is not installed: Megatron's slower local layers are used")
+        logger.warning("transformer-engine cannot be imported: Megatron's slower local layers are used; see mrl doctor")
     chunks = []
     experts = layout.experts_of(spec.moe.num_experts, groups.ep.rank()) if spec.moe else range(0)
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
