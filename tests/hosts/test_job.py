@@ -75,6 +75,35 @@ def test_the_main_layout_trains_over_hosts(make_hosts, tmp_path, count, ranks_pe
     check_run(hosts, processes, tmp_path / "run")
 
 
+def test_experts_and_conversations_of_engines_on_either_host_are_trained_on_both(make_hosts, tmp_path):
+    preload_megatron()
+    preload_sglang()
+    hosts = make_hosts(2)
+    environment = Path(__file__).parents[2] / "examples/environments/retry.py"
+    arguments = job(
+        2,
+        2,
+        tmp_path / "run",
+        "actor_rollout_ref.model.path=embedded:moe_actor",
+        f"{ACTOR}.megatron.pipeline_model_parallel_size=1",
+        f"{ACTOR}.megatron.expert_model_parallel_size=4",
+        f"{ACTOR}.megatron.sequence_parallel=True",
+        f"{ACTOR}.megatron.router_replay.mode=R3",
+        f"{ROLLOUT}.num_engines=2",
+        "data.max_response_length=40",
+        f"{ROLLOUT}.multi_turn.enable=True",
+        f"{ROLLOUT}.multi_turn.max_turn_length=16",
+        f"{ROLLOUT}.multi_turn.environment.path={environment}",
+        f"reward.custom_reward_function.path={environment}",
+    )
+    processes = [hosts.start(host, partial(run_agent, 2, arguments), tmp_path / f"log{host}") for host in range(2)]
+    finish(processes)
+    check_run(hosts, processes, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["response/turns_mean"] > 1
+    assert 0 <= rows[-1]["actor/router_replay_changed_fraction"] < 0.5
+
+
 def run_agent(count: int, arguments: list[str]) -> int:
     """torchrun's agent of one host, with its task forked instead of started anew: that has everything imported."""
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
