@@ -23,7 +23,7 @@ class Prompt:
 
     uid: str
     """Stable over epochs: file and row."""
-    token_ids: list[int]
+    token_ids: Sequence[int]
     messages: list[dict[str, Any]]
     data_source: str
     """Names the task; rule-based rewards are chosen by it."""

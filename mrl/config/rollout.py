@@ -54,7 +54,7 @@ class EnvironmentConfig(Section):
     kwargs: Mapping[str, Any] = field(default_factory=FrozenDict)
     """Keyword arguments added to every call."""
     num_workers: int = 8
-    """Conversations answered at the same time."""
+    """Processes that answer, one conversation at a time; a coroutine function answers all of a process's at once."""
     timeout_s: float = 60.0
     """Longest time for one call, in seconds; a slower one counts as a failure."""
     on_failure: Literal["end", "raise"] = "end"

@@ -156,6 +156,12 @@ class PPOConfig(Section):
                 )
 
     def _check_turns(self) -> None:
+        rollout = self.actor_rollout_ref.rollout
+        if rollout.multi_turn.enable and rollout.ignore_eos:
+            raise ConfigError(
+                "actor_rollout_ref.rollout.multi_turn.enable needs answers that end, and rollout.ignore_eos = True "
+                "cuts all of them at their full length; set one to False"
+            )
         if self.turn_length > self.data.max_response_length:
             raise ConfigError(
                 f"actor_rollout_ref.rollout.multi_turn.max_turn_length = {self.turn_length} is more than a whole "

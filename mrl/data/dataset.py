@@ -129,7 +129,7 @@ def _apply_template(row: Row, tokenizer: PreTrainedTokenizerBase, template_kwarg
 
 
 def _truncate(prompt: Prompt, length: int, truncation: Truncation) -> list[int]:
-    ids = prompt.token_ids
+    ids = list(prompt.token_ids)
     match truncation:
         case "left":
             return ids[-length:]

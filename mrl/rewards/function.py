@@ -81,8 +81,9 @@ class FunctionReward:
 
 
 def _build_item(sample: Sample) -> Item:
+    """Of a conversation the last answer; what the environment has said is none of the model's."""
     prompt = sample.prompt
-    extra_info = prompt.extra_info
-    if sample.turns:
-        extra_info = {**extra_info, "turns": list(sample.turns)}
-    return Item(prompt.data_source, sample.response_text, prompt.ground_truth, extra_info)
+    if not sample.turns:
+        return Item(prompt.data_source, sample.response_text, prompt.ground_truth, prompt.extra_info)
+    extra_info = {**prompt.extra_info, "turns": list(sample.turns)}
+    return Item(prompt.data_source, sample.turns[-1]["content"], prompt.ground_truth, extra_info)

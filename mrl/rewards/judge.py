@@ -190,8 +190,9 @@ class JudgeReward:
     async def _ask(self, sample: Sample, client: openai.AsyncOpenAI, model: str) -> str:
         settings = self._settings
         system = [] if settings.system_prompt is None else [{"role": "system", "content": settings.system_prompt}]
+        response = sample.turns[-1]["content"] if sample.turns else sample.response_text
         content = settings.prompt_template.format(
-            prompt=render_prompt(sample), response=sample.response_text, ground_truth=sample.prompt.ground_truth
+            prompt=render_prompt(sample), response=response, ground_truth=sample.prompt.ground_truth
         )
         completion = await client.chat.completions.create(
             model=model,
@@ -204,8 +205,8 @@ class JudgeReward:
 
 
 def render_prompt(sample: Sample) -> str:
-    """The conversation before the response: a single message's text, or every turn after its role."""
-    messages = sample.prompt.messages
+    """The conversation before the last answer: a single message's text, or every turn after its role."""
+    messages = [*sample.prompt.messages, *sample.turns[:-1]]
     if len(messages) == 1:
         return str(messages[0].get("content", ""))
     return "\n\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in messages)

@@ -6,6 +6,7 @@ Answers are JSON: a worker runs code that nobody has vetted, and unpickling what
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NamedTuple
 
 
@@ -73,23 +74,31 @@ def decode_answer(content: bytes) -> Answer:
                 return Ready(bool(is_async), _text(error))
             case "preparing":
                 return Preparing()
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"a reward worker's answer is not one: {error}") from error
     raise ValueError(f"a reward worker's answer is of an unknown kind {kind!r:.40}")
 
 
 def _outcome(score: Any, parts: Any, error: Any, messages: Any) -> Outcome:
     numbers = {str(name): float(value) for name, value in parts.items()}
+    if not all(map(math.isfinite, (float(score), *numbers.values()))):
+        raise ValueError("a number is not finite")
     return Outcome(float(score), numbers, _text(error), None if messages is None else check_messages(messages))
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages themselves; ValueError unless each is a mapping with a role and a text."""
+    """The messages themselves; ValueError unless each is text under "role", "content" and other names."""
     if not isinstance(messages, list):
         raise ValueError(f"{messages!r:.200} is no list of messages")
     for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise ValueError(f"{message!r:.200} is no message with a 'role' and a 'content' of text")
+        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"{message!r:.200} is no message with a 'role' and a 'content'")
+        if not all(isinstance(text, str) for text in message.values()):
+            raise ValueError(f"{message!r:.200} has values other than text")
+        if message["role"] == "assistant":
+            raise ValueError(f"{message!r:.200} speaks for the model")
+        # Text that was read with surrogateescape is none.
+        "".join(message.values()).encode()
     return messages
 
 

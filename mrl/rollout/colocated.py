@@ -312,7 +312,7 @@ class ColocatedRollout:
                 raise
             return dict(zip(indices, responses, strict=True))
 
-        def take(free: int) -> list[tuple[int, list[int]]]:
+        def take(free: int) -> list[tuple[int, Sequence[int]]]:
             return [(indices[place], prompts[indices[place]].token_ids) for place in queue.take(free)]
 
         # No engine starts with more than its share, however early it asks.

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mrl.interfaces import EnvironmentFailedError
 from mrl.rewards.messages import Conversation, Outcome
 from mrl.rewards.pool import Limits, WorkerPool
 from mrl.rewards.worker import FunctionSpec
-
-logger = logging.getLogger(__name__)
-
-_NO_ACCIDENT = 16
-"""Where so many calls fail and none does not, the environment is broken."""
 
 
 class Environment(Protocol):
@@ -43,7 +35,7 @@ class FunctionEnvironment:
         kwargs: of every call.
         num_workers: processes.
         timeout_s: wall-clock limit of one call. Importing the file is not counted.
-        on_failure: whether a call that fails ends its conversation or the run.
+        stop_at_failure: whether a call that fails spares the others.
         sandbox, pass_environment: as in `Limits`.
     """
 
@@ -55,17 +47,17 @@ class FunctionEnvironment:
         kwargs: Mapping[str, Any] | None = None,
         num_workers: int = 8,
         timeout_s: float = 60.0,
-        on_failure: str = "end",
+        stop_at_failure: bool = False,
         sandbox: bool = False,
         pass_environment: Sequence[str] = (),
     ) -> None:
-        self._ends_run = on_failure == "raise"
+        self._stops = stop_at_failure
         self._pool = WorkerPool(
             FunctionSpec(
                 path=str(Path(path).expanduser().resolve()), name=name, kwargs=dict(kwargs or {}), kind="environment"
             ),
             Limits(timeout_s=timeout_s, sandbox=sandbox, pass_environment=tuple(pass_environment)),
-            num_workers=max(1, min(num_workers, os.cpu_count() or 1)),
+            num_workers=num_workers,
         )
 
     def check_function(self) -> None:
@@ -73,19 +65,8 @@ class FunctionEnvironment:
         self._pool.check_function()
 
     def respond(self, conversations: Sequence[Conversation]) -> list[Outcome]:
-        """See `Environment`.
-
-        Raises:
-            EnvironmentFailedError: a call failed and that ends the run, or all of many failed.
-        """
-        outcomes = self._pool.score(conversations, stop_at_failure=self._ends_run)
-        errors = [outcome.error for outcome in outcomes if outcome.error]
-        if errors:
-            message = f"the environment failed in {len(errors)} of {len(outcomes)} conversations; the first {errors[0]}"
-            if self._ends_run or len(errors) == len(outcomes) >= _NO_ACCIDENT:
-                raise EnvironmentFailedError(message)
-            logger.warning("%s", message)
-        return outcomes
+        """See `Environment`."""
+        return self._pool.score(conversations, stop_at_failure=self._stops)
 
     def close(self) -> None:
         """End the workers; idempotent."""

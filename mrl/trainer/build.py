@@ -14,9 +14,7 @@ from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
-from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
-from mrl.data.turn_encoder import TurnEncoder
 from mrl.interfaces import USER_ERRORS, Rollout
 from mrl.launch.cores import take_share
 from mrl.launch.environment import RankEnvironment
@@ -257,9 +255,10 @@ class _Builder:
         environment = build_environment(self._config) if self._env.rank == 0 else None
         if environment is not None:
             self._stack.callback(environment.close)
-        template_kwargs = thaw(self._config.data.apply_chat_template_kwargs)
-        encoder = TurnEncoder(self._inputs.tokenizer, template_kwargs)
-        return ConversationRollout(rollout, environment, encoder, conversation_limits(self._config))
+        encoder = self._inputs.turn_encoder
+        assert encoder is not None, "inputs of conversations come with their encoder"
+        limits = conversation_limits(self._config)
+        return ConversationRollout(rollout, environment, encoder, limits, on_failure=settings.environment.on_failure)
 
     def _scorer(self) -> Scorer:
         reward_fn = build_reward(self._config.reward) if self._env.rank == 0 else None

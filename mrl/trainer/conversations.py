@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from mrl.config.frozen import thaw
 from mrl.config.schema import PPOConfig
+from mrl.data.turn_encoder import TurnEncoder
 from mrl.rewards.sandbox import check_permitted
 from mrl.rollout.conversations import ConversationLimits
 from mrl.rollout.environment import FunctionEnvironment
@@ -13,11 +16,16 @@ from mrl.rollout.environment import FunctionEnvironment
 _SECTION = "actor_rollout_ref.rollout.multi_turn"
 
 
-def check_conversations(config: PPOConfig) -> None:
-    """Raise ValueError where the environment's file does not exist, or this host does not permit its sandbox."""
+def load_turn_encoder(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TurnEncoder | None:
+    """What encodes an environment's messages, None where the model answers once.
+
+    Raises:
+        ValueError: the environment's file does not exist, this host does not permit its sandbox, or the tokenizer's
+            chat template holds no conversations.
+    """
     settings = config.actor_rollout_ref.rollout.multi_turn
     if not settings.enable:
-        return
+        return None
     assert settings.environment.path is not None, "the configuration requires it"
     if not Path(settings.environment.path).expanduser().is_file():
         raise ValueError(
@@ -25,6 +33,7 @@ def check_conversations(config: PPOConfig) -> None:
         )
     if config.reward.sandbox:
         check_permitted()
+    return TurnEncoder(tokenizer, thaw(config.data.apply_chat_template_kwargs))
 
 
 def build_environment(config: PPOConfig) -> FunctionEnvironment:
@@ -41,7 +50,7 @@ def build_environment(config: PPOConfig) -> FunctionEnvironment:
         kwargs=thaw(settings.kwargs),
         num_workers=settings.num_workers,
         timeout_s=settings.timeout_s,
-        on_failure=settings.on_failure,
+        stop_at_failure=settings.on_failure == "raise",
         sandbox=reward.sandbox,
         pass_environment=reward.pass_environment,
     )

@@ -14,7 +14,8 @@ from mrl.config.schema import PPOConfig
 from mrl.data.dataset import PromptDataset, load_prompts
 from mrl.data.loader import PromptLoader
 from mrl.data.tokenizer import load_eos_token_ids, load_tokenizer
-from mrl.trainer.conversations import check_conversations
+from mrl.data.turn_encoder import TurnEncoder
+from mrl.trainer.conversations import load_turn_encoder
 from mrl.trainer.plan import RunPlan
 from mrl.trainer.reward_model import ConversationEncoder, load_encoder
 from mrl.trainer.rewards import check_rewards
@@ -34,6 +35,8 @@ class RunInputs:
     val: PromptDataset | None
     reward_encoder: ConversationEncoder | None
     """How the reward model reads samples, if there is one."""
+    turn_encoder: TurnEncoder | None
+    """How an environment's messages become tokens, if there is one."""
 
 
 def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
@@ -52,7 +55,6 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
     data = config.data
     seed = config.trainer.seed if data.seed is None else data.seed
     check_rewards(config.reward, {prompt.data_source for prompt in (*train, *(val or ()))})
-    check_conversations(config)
     prompts = PromptLoader(train.prompts, batch_size=config.gen_batch_size, shuffle=data.shuffle, seed=seed)
     _check_profile(config, count_steps(config, prompts), completed=plan.resume.manifest.step if plan.resume else 0)
     return RunInputs(
@@ -61,6 +63,7 @@ def load_inputs(config: PPOConfig, plan: RunPlan) -> RunInputs:
         prompts=prompts,
         val=val,
         reward_encoder=_load_reward_encoder(plan.reward_model),
+        turn_encoder=load_turn_encoder(config, tokenizer),
     )
 
 

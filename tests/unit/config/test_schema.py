@@ -231,6 +231,12 @@ def test_the_key_table_is_up_to_date():
             r"max_turn_length = 600 is more than a whole conversation may have: data\.max_response_length = 512",
         ),
         (
+            "actor_rollout_ref.rollout.multi_turn.enable=True "
+            "actor_rollout_ref.rollout.multi_turn.environment.path=/x "
+            "actor_rollout_ref.rollout.multi_turn.max_turn_length=64 actor_rollout_ref.rollout.ignore_eos=True",
+            r"multi_turn\.enable needs answers that end, and rollout\.ignore_eos = True cuts all",
+        ),
+        (
             "actor_rollout_ref.rollout.multi_turn.tool_config_path=/tools.yaml",
             r"multi_turn\.tool_config_path: set actor_rollout_ref\.rollout\.multi_turn\.environment\.path",
         ),

@@ -68,8 +68,8 @@ H100 = Machine(device="cuda", host_bytes=1000 * 2**30, gpu_bytes=80 * 2**30)
 SCRIPTS = {
     "torchrun/one_host_4gpu.sh": ("torchrun", "--standalone --nproc-per-node=4", QWEN2_7B),
     "torchrun/two_hosts_16gpu.sh": ("torchrun", "--nnodes=2 --nproc-per-node=8", LLAMA_31_8B),
-    "slurm/one_host_4gpu.sbatch": ("srun", "python", QWEN2_7B),
-    "slurm/two_hosts_16gpu.sbatch": ("srun", "--kill-on-bad-exit=1 python", LLAMA_31_8B),
+    "slurm/one_host_4gpu.sbatch": ("srun", "--cpus-per-task=7 python", QWEN2_7B),
+    "slurm/two_hosts_16gpu.sbatch": ("srun", "--cpus-per-task=7 --kill-on-bad-exit=1 python", LLAMA_31_8B),
     "ray/one_host_4gpu.sh": ("python", "", QWEN2_7B),
     "ray/two_hosts_16gpu.sh": ("python", "", LLAMA_31_8B),
     "ray/submit_16gpu.sh": ("ray", "job submit --address=http://127.0.0.1:8265 -- python", LLAMA_31_8B),
@@ -83,6 +83,7 @@ def started_by(script: str, folder: Path) -> list[str]:
         stub.write_text('#!/bin/sh\nprintf "%s\\0" "$(basename "$0")" "$@"\n')
         stub.chmod(0o755)
     places = {"MODEL": str(folder / "model"), "DATA": str(folder), "RUN": str(folder / "run"), "HOST0": "10.0.0.1"}
+    places["SLURM_CPUS_PER_TASK"] = "7"
     printed = subprocess.run(
         ["sh", str(EXAMPLES / script), "trainer.project_name=mine"],
         env={**os.environ, **places, "PATH": f"{folder}:{os.environ['PATH']}"},
