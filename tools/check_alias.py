@@ -24,6 +24,7 @@ from reshard_engine import write_config
 from reshard_sides import HOST, megatron_shard, meta_state
 from torch import Tensor
 
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.layout import SourceRank
@@ -120,16 +121,18 @@ def observe(folder: Path, trainer: Trainer, spec: ModelSpec, *, alias: bool, ste
     trainer.reset()
     begin = time.perf_counter()
     engine = SGLangEngine.start(
-        folder,
-        tp_size=1,
-        dtype="bfloat16",
-        device="cuda",
-        context_length=1024,
-        max_running_requests=8,
-        max_total_tokens=65536,
-        mem_fraction_static=0.4,
-        alias_weights=alias,
-        engine_kwargs=_ENGINE,
+        EngineSettings(
+            model_path=folder,
+            tp_size=1,
+            dtype="bfloat16",
+            device="cuda",
+            context_length=1024,
+            max_running_requests=8,
+            max_total_tokens=65536,
+            mem_fraction_static=0.4,
+            alias_weights=alias,
+            engine_kwargs=_ENGINE,
+        ),
     )
     seen.start_s = time.perf_counter() - begin
     try:

@@ -20,6 +20,7 @@ from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.interfaces import WeightUpdateReport
 from mrl.parallel.layout import ParallelLayout
@@ -43,15 +44,17 @@ def measure_engine(spec: ModelSpec, copy_rate: float, repeats: int) -> list[Row]
     with tempfile.TemporaryDirectory() as folder:
         write_config(spec, Path(folder))
         engine = SGLangEngine.start(
-            folder,
-            tp_size=1,
-            dtype="bfloat16",
-            device="cuda",
-            context_length=1024,
-            max_running_requests=16,
-            max_total_tokens=4096,
-            mem_fraction_static=0.7,
-            engine_kwargs=_ENGINE,
+            EngineSettings(
+                model_path=folder,
+                tp_size=1,
+                dtype="bfloat16",
+                device="cuda",
+                context_length=1024,
+                max_running_requests=16,
+                max_total_tokens=4096,
+                mem_fraction_static=0.7,
+                engine_kwargs=_ENGINE,
+            ),
         )
     try:
         return _measure(engine, control, state, copy_rate, repeats)

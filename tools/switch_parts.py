@@ -21,6 +21,7 @@ from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.offload import OffloadSettings
 from mrl.backends.megatron.optimizer import DataParallelSettings, OptimizerSettings
 from mrl.backends.megatron.setup import RoleSetup, build_engine
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.interfaces import ModelOutput
 from mrl.observability.memory import CudaMemory
@@ -191,17 +192,19 @@ def start_job(folder: Path, *, on_gpu: bool, stages: Stages) -> Iterator[Job]:
 
 def _start_engine(folder: Path, *, on_gpu: bool) -> SGLangEngine:
     return SGLangEngine.start(
-        folder,
-        tp_size=1,
-        dtype="bfloat16" if on_gpu else "float32",
-        device="cuda" if on_gpu else "cpu",
-        context_length=512,
-        max_running_requests=16,
-        max_total_tokens=None if on_gpu else 2048,
-        mem_fraction_static=0.6 if on_gpu else None,
+        EngineSettings(
+            model_path=folder,
+            tp_size=1,
+            dtype="bfloat16" if on_gpu else "float32",
+            device="cuda" if on_gpu else "cpu",
+            context_length=512,
+            max_running_requests=16,
+            max_total_tokens=None if on_gpu else 2048,
+            mem_fraction_static=0.6 if on_gpu else None,
+            engine_kwargs=_GPU_ENGINE if on_gpu else {},
+        ),
         start_timeout_s=240.0,
         call_timeout_s=60.0,
-        engine_kwargs=_GPU_ENGINE if on_gpu else {},
     )
 
 

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 
-from mrl.backends.sglang.arguments import engine_args
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
 from mrl.backends.sglang.parts import EnginePart
@@ -85,12 +84,10 @@ def _start_engine(
 ) -> SGLangEngine:
     trainer = config.trainer
     return SGLangEngine.start(
-        plan.actor.model_path,
-        **_engine_arguments(config, plan, env),
+        _engine_settings(config, plan, env),
         part=part,
         start_timeout_s=trainer.engine_start_timeout_s,
         call_timeout_s=trainer.engine_call_timeout_s,
-        alias_weights=config.actor_rollout_ref.rollout.alias_weights,
         during_start=during_start,
     )
 
@@ -98,41 +95,39 @@ def _start_engine(
 def _start_follower(
     config: PPOConfig, plan: RunPlan, env: RankEnvironment, part: EnginePart, *, during_start: Callable[[], None]
 ) -> EngineFollower:
-    arguments = engine_args(plan.actor.model_path, **_engine_arguments(config, plan, env), part=part)
     return EngineFollower.start(
-        arguments,
+        _engine_settings(config, plan, env),
         part=part,
         start_timeout_s=config.trainer.engine_start_timeout_s,
-        alias_weights=config.actor_rollout_ref.rollout.alias_weights,
-        gpus=part_gpus(plan, env),
         during_start=during_start,
     )
 
 
-def _engine_arguments(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> dict[str, Any]:
-    """The same on each host of an engine."""
+def _engine_settings(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> EngineSettings:
     rollout = config.actor_rollout_ref.rollout
     context_length = config.data.max_prompt_length + config.data.max_response_length
     on_gpu = plan.device == "cuda"
-    first_rank = env.rank - env.rank % plan.rollout_tp
     arguments = {"disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
-    return {
-        "tp_size": plan.rollout_tp,
-        "dtype": rollout.dtype,
-        "device": plan.device,
-        "context_length": context_length,
-        "max_running_requests": rollout.max_num_seqs,
-        "max_total_tokens": None if on_gpu else rollout.max_num_seqs * (context_length + 1),
-        "mem_fraction_static": rollout.gpu_memory_utilization if on_gpu else None,
-        "seed": config.trainer.seed + first_rank,
-        "gpus": part_gpus(plan, env),
-        "engine_kwargs": {
+    return EngineSettings(
+        model_path=plan.actor.model_path,
+        tp_size=plan.rollout_tp,
+        dtype=rollout.dtype,
+        device=plan.device,
+        context_length=context_length,
+        max_running_requests=rollout.max_num_seqs,
+        max_total_tokens=None if on_gpu else rollout.max_num_seqs * (context_length + 1),
+        mem_fraction_static=rollout.gpu_memory_utilization if on_gpu else None,
+        alias_weights=rollout.alias_weights,
+        # The same for all parts of an engine: that of its first rank.
+        seed=config.trainer.seed + env.rank - env.rank % plan.rollout_tp,
+        gpus=part_gpus(plan, env),
+        engine_kwargs={
             "chunked_prefill_size": rollout.max_num_batched_tokens,
             "enable_return_routed_experts": config.replays_routers,
             **arguments,
             **thaw(rollout.engine_kwargs.sglang),
         },
-    }
+    )
 
 
 def part_gpus(plan: RunPlan, env: RankEnvironment) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from host_jobs import run_on_hosts
 from hugging_face import checkpoint_state
 
 from mrl.backends.sglang import children
-from mrl.backends.sglang.arguments import engine_args
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
 from mrl.backends.sglang.preload import preload_sglang
@@ -77,8 +77,8 @@ class Rank:
         if part.leads:
             return jobs.start(folder, tp_size=tp_size, part=part, during_start=join)
         limits = {"context_length": 512, "max_total_tokens": 4096}
-        args = engine_args(folder, tp_size=tp_size, dtype="float32", device="cpu", part=part, **limits)
-        return EngineFollower.start(args, part=part, start_timeout_s=240.0, during_start=join)
+        settings = EngineSettings(model_path=folder, tp_size=tp_size, dtype="float32", device="cpu", **limits)
+        return EngineFollower.start(settings, part=part, start_timeout_s=240.0, during_start=join)
 
     def _export(self) -> Any:
         rows = -(-self.spec.vocab_size // 256) * 256

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang import weight_loader
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.parts import EnginePart
 from mrl.interfaces import USER_ERRORS
@@ -83,19 +84,21 @@ class TrainerRank:
             join()
             return None
         engine = SGLangEngine.start(
-            self.job.model,
-            tp_size=self.job.world_size,
-            dtype=DTYPES[self.job.device],
-            device=self.job.device,
-            context_length=128,
-            max_running_requests=4,
-            max_total_tokens=2048,
-            mem_fraction_static=0.5 if self._on_gpu else None,
+            EngineSettings(
+                model_path=self.job.model,
+                tp_size=self.job.world_size,
+                dtype=DTYPES[self.job.device],
+                device=self.job.device,
+                context_length=128,
+                max_running_requests=4,
+                max_total_tokens=2048,
+                mem_fraction_static=0.5 if self._on_gpu else None,
+                engine_kwargs=ON_GPU if self._on_gpu else {},
+            ),
             start_timeout_s=LONGEST_S,
             call_timeout_s=LONGEST_S,
             part=EnginePart(name="engine", store_host=env.master_addr, store_port=env.master_port),
             during_start=join,
-            engine_kwargs=ON_GPU if self._on_gpu else None,
         )
         stack.callback(engine.shutdown)
         return engine

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from hugging_face import checkpoint_state
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.launch.environment import RankEnvironment
 from mrl.launch.fork import run_ranks
@@ -120,8 +122,14 @@ def greedy(model: PreTrainedModel, count: int) -> list[list[int]]:
 
 def start(folder: Path, *, tp_size: int, **kwargs: Any) -> SGLangEngine:
     """A small fp32 engine on CPU."""
-    limits = {"context_length": 512, "max_total_tokens": 4096, "start_timeout_s": 240.0, "call_timeout_s": 240.0}
-    return SGLangEngine.start(folder, tp_size=tp_size, dtype="float32", device="cpu", **(limits | kwargs))
+    values = {"context_length": 512, "max_total_tokens": 4096, **kwargs}
+    names = {each.name for each in fields(EngineSettings)}
+    settings = {name: value for name, value in values.items() if name in names}
+    of_start = {"start_timeout_s": 240.0, "call_timeout_s": 240.0}
+    of_start |= {name: value for name, value in values.items() if name not in names}
+    return SGLangEngine.start(
+        EngineSettings(model_path=folder, tp_size=tp_size, dtype="float32", device="cpu", **settings), **of_start
+    )
 
 
 def sampling(count: int, **kwargs: Any) -> SamplingParams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +24,64 @@ def max_request_tokens(scheduler_info: Mapping[str, Any]) -> int:
     return int(scheduler_info["max_req_input_len"]) + 5 - 1
 
 
-def engine_args(
-    model_path: str | Path,
-    *,
-    tp_size: int,
-    dtype: str,
-    device: str,
-    context_length: int,
-    max_running_requests: int = 256,
-    max_total_tokens: int | None = None,
-    mem_fraction_static: float | None = None,
-    seed: int = 0,
-    gpus: Sequence[int] = (),
-    part: EnginePart | None = None,
-    engine_kwargs: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Arguments of SGLang's `Engine` for a rollout engine, the same on each of its hosts but for `part`.
+@dataclass(kw_only=True, frozen=True)
+class EngineSettings:
+    """A rollout engine, the same on each of its hosts but for `gpus`."""
 
-    Raises:
-        ValueError: arguments SGLang would accept and then go wrong with.
-    """
-    check_start(
-        Path(model_path),
-        tp_size=tp_size,
-        device=device,
-        context_length=context_length,
-        max_total_tokens=max_total_tokens,
-    )
-    return server_args(
-        device,
-        model_path=str(model_path),
-        tp_size=tp_size,
-        dtype=dtype,
-        context_length=context_length + UNUSABLE_TOKENS,
-        max_running_requests=max_running_requests,
-        max_total_tokens=max_total_tokens,
-        random_seed=seed,
-        **({} if mem_fraction_static is None else {"mem_fraction_static": mem_fraction_static}),
-        **({} if not gpus else {"base_gpu_id": 0 if _are_reordered(gpus) else gpus[0]}),
-        **({} if part is None else part.server_args()),
-        **(engine_kwargs or {}),
-    )
+    model_path: str | Path
+    tp_size: int
+    dtype: str
+    """torch's name, "float32" or "bfloat16"."""
+    device: str
+    """Either "cpu" or "cuda"."""
+    context_length: int
+    """Most tokens of a prompt and its response together."""
+    max_running_requests: int = 256
+    max_total_tokens: int | None = None
+    """KV cache slots; None lets SGLang fill `mem_fraction_static` of the memory (CUDA only)."""
+    mem_fraction_static: float | None = None
+    alias_weights: bool = False
+    """Have parameters be the trainer's memory where it holds the same bytes; the trainer then must not write its
+    weights while the engine generates. CUDA graphs are captured after the first update."""
+    gpus: Sequence[int] = ()
+    """Of this host, counted from 0, that the ranks here run on, in their order; the first ones if empty."""
+    seed: int = 0
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of SGLang's `Engine`, which win over the ones made here."""
+
+    def engine_args(self, part: EnginePart | None = None) -> dict[str, Any]:
+        """Arguments of SGLang's `Engine`.
+
+        Raises:
+            ValueError: arguments SGLang would accept and then go wrong with.
+        """
+        check_start(
+            Path(self.model_path),
+            tp_size=self.tp_size,
+            device=self.device,
+            context_length=self.context_length,
+            max_total_tokens=self.max_total_tokens,
+        )
+        memory = {} if self.mem_fraction_static is None else {"mem_fraction_static": self.mem_fraction_static}
+        gpus = {} if not self.gpus else {"base_gpu_id": 0 if _are_reordered(self.gpus) else self.gpus[0]}
+        return server_args(
+            self.device,
+            model_path=str(self.model_path),
+            tp_size=self.tp_size,
+            dtype=self.dtype,
+            context_length=self.context_length + UNUSABLE_TOKENS,
+            max_running_requests=self.max_running_requests,
+            max_total_tokens=self.max_total_tokens,
+            random_seed=self.seed,
+            **memory,
+            **gpus,
+            **({} if part is None else part.server_args()),
+            **self.engine_kwargs,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Variables of the engine's processes."""
+        return child_environment(self.device, self.tp_size, alias_weights=self.alias_weights, gpus=self.gpus)
 
 
 def server_args(device: str, **values: Any) -> dict[str, Any]:

@@ -24,11 +24,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.utils import MultiprocessingSerializer
 
 from mrl.backends.sglang import weight_loader
-from mrl.backends.sglang.arguments import (
-    child_environment,
-    engine_args,
-    max_request_tokens,
-)
+from mrl.backends.sglang.arguments import EngineSettings, max_request_tokens
 from mrl.backends.sglang.parts import EnginePart
 from mrl.backends.sglang.requests import check_prompts, generation_of, pack_experts, sampling_dict
 from mrl.backends.sglang.status import check_own_pairs, report_of
@@ -77,71 +73,38 @@ class SGLangEngine:
     @classmethod
     def start(
         cls,
-        model_path: str | Path,
+        settings: EngineSettings,
         *,
-        tp_size: int,
-        dtype: str,
-        device: str,
-        context_length: int,
-        max_running_requests: int = 256,
-        max_total_tokens: int | None = None,
-        mem_fraction_static: float | None = None,
-        alias_weights: bool = False,
-        gpus: Sequence[int] = (),
-        seed: int = 0,
         start_timeout_s: float = 600.0,
         call_timeout_s: float = 1800.0,
         log_path: Path | None = None,
         during_start: Callable[[], None] | None = None,
         part: EnginePart | None = None,
-        engine_kwargs: Mapping[str, Any] | None = None,
     ) -> SGLangEngine:
-        """Start an engine of `tp_size` processes with dummy weights; they come by `update_weights`.
+        """Start an engine with dummy weights; they come by `update_weights`.
 
-        On CPU the processes are forked: start before this process has threads (torch.distributed's, for example), with
+        On CPU its processes are forked: start before this process has threads (torch.distributed's, for example), with
         `preload_sglang` done.
 
         Args:
-            dtype: torch's name, "float32" or "bfloat16".
-            device: "cpu" or "cuda".
-            context_length: most tokens of a prompt and its response together.
-            max_total_tokens: KV cache slots; None lets SGLang fill `mem_fraction_static` of the memory (CUDA only).
-            alias_weights: have parameters be the trainer's memory where it holds the same bytes; the trainer then must
-                not write its weights while the engine generates. CUDA graphs are captured after the first update.
-            gpus: of this host, counted from 0, that the ranks here run on, in their order; the first ones if empty.
             log_path: takes the children's output; None keeps it in a temporary file for error messages.
             during_start: runs in this process while the children load.
             part: the engine's first, where it spans hosts; names the job's store, over which its processes meet.
-            engine_kwargs: further arguments of SGLang's `Engine`, which win over the ones made here.
 
         Raises:
             ValueError: arguments SGLang would accept and then go wrong with.
             EngineError: the engine did not start; the message carries its children's last error lines.
         """
-        args = engine_args(
-            model_path,
-            tp_size=tp_size,
-            dtype=dtype,
-            device=device,
-            context_length=context_length,
-            max_running_requests=max_running_requests,
-            max_total_tokens=max_total_tokens,
-            mem_fraction_static=mem_fraction_static,
-            seed=seed,
-            gpus=gpus,
-            part=part,
-            engine_kwargs=engine_kwargs,
-        )
         supervisor = EngineSupervisor(
-            args,
-            forks=device == "cpu",
+            settings.engine_args(part),
+            forks=settings.device == "cpu",
             part=part,
-            environment=child_environment(device, tp_size, alias_weights=alias_weights, gpus=gpus),
+            environment=settings.environment(),
             start_timeout_s=start_timeout_s,
             call_timeout_s=call_timeout_s,
             log_path=log_path,
         )
-        engine = cls(supervisor, tp_size=tp_size, device=device, seed=seed)
+        engine = cls(supervisor, tp_size=settings.tp_size, device=settings.device, seed=settings.seed)
         atexit.register(engine.shutdown)
         try:
             engine._start(during_start)

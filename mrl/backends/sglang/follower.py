@@ -6,12 +6,11 @@ import atexit
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
-from mrl.backends.sglang.arguments import child_environment
+from mrl.backends.sglang.arguments import EngineSettings
 from mrl.backends.sglang.launch import ChildProcesses
 from mrl.backends.sglang.parts import EnginePart, FailureBoard
 from mrl.backends.sglang.supervisor import EngineSupervisor
@@ -31,12 +30,10 @@ class EngineFollower:
     @classmethod
     def start(
         cls,
-        args: Mapping[str, Any],
+        settings: EngineSettings,
         *,
         part: EnginePart,
         start_timeout_s: float,
-        alias_weights: bool = False,
-        gpus: Sequence[int] = (),
         log_path: Path | None = None,
         during_start: Callable[[], None] | None = None,
     ) -> EngineFollower:
@@ -45,18 +42,17 @@ class EngineFollower:
         On CPU the processes are forked, under the same conditions as `SGLangEngine.start` names.
 
         Args:
-            args: of `engine_args`.
-            alias_weights, gpus: as for `SGLangEngine.start`.
             during_start: runs in this process while the children load.
 
         Raises:
+            ValueError: arguments SGLang would accept and then go wrong with.
             EngineError: this part or another did not start.
         """
         supervisor = EngineSupervisor(
-            args,
-            forks=args["device"] == "cpu",
+            settings.engine_args(part),
+            forks=settings.device == "cpu",
             part=part,
-            environment=child_environment(args["device"], args["tp_size"], alias_weights=alias_weights, gpus=gpus),
+            environment=settings.environment(),
             start_timeout_s=start_timeout_s,
             call_timeout_s=start_timeout_s,
             log_path=log_path,

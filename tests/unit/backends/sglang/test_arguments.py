@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrl.backends.sglang.arguments import child_environment, engine_args
+from mrl.backends.sglang.arguments import EngineSettings, child_environment
 
 
 @pytest.fixture
@@ -21,8 +21,10 @@ def model_folder(tmp_path):
 
 
 def base_gpu(model_folder, gpus):
-    args = engine_args(model_folder, tp_size=2, dtype="bfloat16", device="cuda", context_length=8, gpus=gpus)
-    return args.get("base_gpu_id")
+    settings = EngineSettings(
+        model_path=model_folder, tp_size=2, dtype="bfloat16", device="cuda", context_length=8, gpus=gpus
+    )
+    return settings.engine_args().get("base_gpu_id")
 
 
 @pytest.mark.parametrize(("gpus", "base"), [((), None), ((0, 1), 0), ((2, 3), 2), ((3, 2), 0), ((0, 2), 0)])
