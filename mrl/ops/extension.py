@@ -31,7 +31,7 @@ BUILT_AT_INSTALL = _PACKAGE / "_ops.so"
 @functools.cache
 def backend() -> Any:
     """The namespace that holds the ops: `torch.ops.mrl`, or `mrl.ops.reference` with one warning."""
-    if _installed_is_current():
+    if _is_loaded() or _installed_is_current():
         return load(BUILT_AT_INSTALL)
     missing = _missing_for_build()
     if not missing:
@@ -51,10 +51,15 @@ def load(library: Path) -> Any:
         OSError: the library was built for another torch or another machine; remove it.
     """
     # A second build, from another folder, would end the process: its ops have the names of the first.
-    if not hasattr(torch.ops.mrl, "build_tiles"):
+    if not _is_loaded():
         torch.ops.load_library(library)
-        fake.register()
+    fake.register()
     return torch.ops.mrl
+
+
+def _is_loaded() -> bool:
+    """Whether this process has a build; that which it compiles itself it has from then on."""
+    return hasattr(torch.ops.mrl, "build_tiles")
 
 
 def source_folder() -> Path:

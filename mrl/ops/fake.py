@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NoReturn
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 TILE_FIELDS = 8
 
 
+@functools.cache
 def register() -> None:
-    """Register them; called once, after the extension is loaded."""
+    """Register them, once, after the extension is loaded."""
     torch.library.register_fake("mrl::build_tiles", _build_tiles)
     torch.library.register_fake("mrl::batched_strided_copy_", lambda anchor, tiles: None)
     torch.library.register_fake("mrl::batched_strided_copy_checksum_", lambda anchor, tiles: tiles.new_empty([1]))

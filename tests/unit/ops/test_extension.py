@@ -9,6 +9,7 @@ from mrl.ops import extension, reference
 
 @pytest.fixture
 def without_compiler(monkeypatch):
+    monkeypatch.setattr(extension, "_is_loaded", lambda: False)
     monkeypatch.setattr(extension, "_missing_for_build", lambda: "nvcc")
     extension.backend.cache_clear()
     yield
