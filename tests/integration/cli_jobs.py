@@ -71,12 +71,15 @@ class Command:
 
     def find(self, word: str) -> psutil.Process:
         """A running descendant with this word in its name or command line."""
-        for process in self.descendants():
-            # Processes end while one looks.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if word in " ".join([process.name(), *process.cmdline()]):
-                    return process
-        raise AssertionError(f"no process named {word!r}:\n{self.output()}")
+        deadline = time.monotonic() + 10
+        while True:
+            for process in self.descendants():
+                # Processes end while one looks, and those below them are then left out.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if word in " ".join([process.name(), *process.cmdline()]):
+                        return process
+            assert time.monotonic() < deadline, f"no process named {word!r}:\n{self.output()}"
+            time.sleep(0.1)
 
     def output(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
