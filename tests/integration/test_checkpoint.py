@@ -17,9 +17,12 @@ import torch.distributed as dist
 from checkpoint_jobs import VOCAB, engine_of, export_model, new_folder, save, update, write_out
 from megatron_reference import load_reference, make_batch, save_tiny_model
 from ranks import run_on_ranks
+from torch import Tensor
 
+from mrl.backends.megatron import state_gather
 from mrl.backends.megatron.checkpoint_write import HostBuffer, StagedCheckpoint
 from mrl.backends.megatron.engine import MegatronEngine
+from mrl.backends.megatron.norm import RMSNorm
 from mrl.backends.sglang.preload import preload_sglang
 from mrl.interfaces import CheckpointError
 from mrl.reshard.hf_export import copy_model_files
@@ -221,6 +224,35 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_harms_nothing(models, tm
         assert equal
 
 
+def test_layers_with_states_of_their_own_load_what_others_wrote(models, tmp_path, monkeypatch) -> None:
+    """As transformer-engine's norms after megatron's local layers."""
+
+    def run() -> bool:
+        engine = engine_of(models["qwen2"], "actor", {"tp": 2}, distributed=True)
+        save(engine, new_folder(tmp_path / "local"))
+        unbroken = update(engine, "actor", 0)
+        engine.close()
+        monkeypatch.setattr(RMSNorm, "get_extra_state", lambda self: torch.empty(0), raising=False)
+        monkeypatch.setattr(RMSNorm, "set_extra_state", lambda self, state: pytest.fail("loaded"), raising=False)
+        engine = engine_of(models["qwen2"], "actor", {"tp": 2}, distributed=True)
+        engine.load_checkpoint(tmp_path / "local")
+        return unbroken == update(engine, "actor", 0)
+
+    assert run_on_ranks(run, 2) == [True, True]
+
+
+def test_optimizer_state_is_gathered_in_pieces(monkeypatch) -> None:
+    def run() -> list[Tensor]:
+        monkeypatch.setattr(state_gather, "PIECE_ELEMENTS", 3)
+        outputs = [torch.zeros(10) for _ in range(3)]
+        with state_gather.gathered_on_host([], torch.device("cpu")):
+            dist.all_gather(outputs, torch.arange(10.0) + 100 * dist.get_rank(), dist.group.WORLD)
+        return outputs
+
+    for outputs in run_on_ranks(run, 3):
+        assert all(torch.equal(output, torch.arange(10.0) + 100 * rank) for rank, output in enumerate(outputs))
+
+
 def checkpointer_of(engine: MegatronEngine, model: str, root: Path) -> Checkpointer:
     role = CheckpointedRole(
         engine=engine,
@@ -314,10 +346,10 @@ def generate_from_files(folder: Path) -> list[list[int]]:
     """Greedy tokens of an engine that loaded its weights itself."""
     engine = sglang_jobs.start(folder, tp_size=1, context_length=64, engine_kwargs={"load_format": "auto"})
     try:
-        settings = {"temperature": 0.0, "max_new_tokens": GREEDY, "ignore_eos": True}
+        params = sglang_jobs.sampling(GREEDY, temperature=0.0)
         # Below the wrapper, which asks for weights from a trainer first.
         outputs: dict[int, dict[str, Any]] = {}
-        engine._call(engine._answer_all(sglang_jobs.PROMPTS, settings, outputs), "generate")
+        engine._call(engine._answer_all(sglang_jobs.PROMPTS, params, outputs), "generate")
     finally:
         engine.shutdown()
     return [outputs[index]["output_ids"] for index in range(len(sglang_jobs.PROMPTS))]

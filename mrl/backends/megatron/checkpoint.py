@@ -16,15 +16,18 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from mrl.backends.megatron.checkpoint_write import HostBuffer, PlanOnly, StagedCheckpoint
 from mrl.backends.megatron.role_state import device_rng_state, set_device_rng_state
+from mrl.backends.megatron.state_gather import gathered_on_host
 
 if TYPE_CHECKING:
     from mrl.backends.megatron.engine import EngineParts, TrainingParts
 
+_EXTRA_STATE = "_extra_state"
 _FORMAT = {
     # Of the distributed optimizer's formats the one that loads in every layout; the default one is no longer supported.
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -75,9 +78,13 @@ def load_role(parts: EngineParts, folder: Path, contents: Collection[str]) -> No
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "extra" in contents and common["rng_layout"] == _rng_layout(parts):
         wanted["rng"] = _rng_object(parts.groups)
+    for number in range(len(parts.chunks)):
+        wanted[f"model{number}"] = _without_extra_states(wanted[f"model{number}"])
     loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     for number, chunk in enumerate(parts.chunks):
-        chunk.bare.load_state_dict(loaded[f"model{number}"], strict=True)
+        missing, unexpected = chunk.bare.load_state_dict(loaded[f"model{number}"], strict=False)
+        assert not unexpected, unexpected
+        assert all(_EXTRA_STATE in name for name in missing), missing
     if resumes_optimizer:
         step = _steps_made(common["optimizer"])
         training.optimizer.load_state_dict(_optimizer_state(training, loaded["optimizer"], step))
@@ -89,6 +96,11 @@ def load_role(parts: EngineParts, folder: Path, contents: Collection[str]) -> No
     if "rng" in wanted:
         set_device_rng_state(loaded["rng"]["device"])
         get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+
+
+def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a model: those are for float8, which nothing here uses, and which layers have one depends on who made them."""
+    return {name: value for name, value in state.items() if _EXTRA_STATE not in name}
 
 
 def _training(parts: EngineParts) -> TrainingParts:
@@ -107,7 +119,11 @@ def _sharded_state(parts: EngineParts, *, is_loading: bool) -> dict[str, Any]:
         # A role that has made no step yet, as in the critic's warm-up, has no moments: they are zero.
         inner.init_state_fn(inner.optimizer, inner.config)
     by_parameter = models if len(models) > 1 else {"model": models["model0"]}
-    optimizer = training.optimizer.sharded_state_dict(by_parameter, is_loading=is_loading, metadata=_metadata(parts))
+    distributed = [each for each in _inner_optimizers(training) if isinstance(each, DistributedOptimizer)]
+    with gathered_on_host(distributed, parts.device):
+        optimizer = training.optimizer.sharded_state_dict(
+            by_parameter, is_loading=is_loading, metadata=_metadata(parts)
+        )
     return {**models, "optimizer": optimizer, "num_updates": training.scheduler.num_steps}
 
 

@@ -157,6 +157,7 @@ class MegatronEngine:
         Where it is written in the background, they are copied to host memory that the next call uses again.
         """
         with self._parts.state:
+            self._offload.release_gradients()
             self._offload.need_optimizer()
             self._gather_parameters()
             return stage_role(self._parts, folder, self._host_buffer if in_background else None)

@@ -47,7 +47,8 @@ class RoleOffload:
     ) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
-        self._modules = modules if copier and settings.gradients else ()
+        self._modules = modules if copier else ()
+        self._leaves_gradients = settings.gradients
         self._gradients_away = False
         # Views of the parameters are in more hands than can be known; those of the optimizer's state are not.
         self._parameter_copies = HostCopies(copier, packs=False) if copier and settings.parameters else None
@@ -60,12 +61,17 @@ class RoleOffload:
 
     def release(self) -> None:
         """Free what need not be copied: gradients, and parameters that are as they were when they left last."""
+        if self._leaves_gradients:
+            self.release_gradients()
+        if self._parameter_copies is not None:
+            self._parameter_copies.leave(self._parameters, only_if_unchanged=True)
+
+    def release_gradients(self) -> None:
+        """Free gradients until the next update, also where they are to stay."""
         if not self._gradients_away:
             for module in self._modules:
                 module.offload_grad_buffers(synchronize=False, empty_cache=False)
             self._gradients_away = bool(self._modules)
-        if self._parameter_copies is not None:
-            self._parameter_copies.leave(self._parameters, only_if_unchanged=True)
 
     def offload(self) -> None:
         """Free that, and begin to move the rest to the host; pieces of it are free as soon as they are copied."""
