@@ -89,6 +89,8 @@ class ColocatedRollout:
             order.
         copy_engines: let copy engines bring weights that lie on other devices of an engine rank's host.
         reshard_timeout_s: longest exchange of weights between hosts in one update.
+        make_room: gives what this rank has freed back to its device; called before engines are restarted, which look
+            for what is free when they start.
 
     Raises:
         ValueError: no rank has an engine.
@@ -107,8 +109,10 @@ class ColocatedRollout:
         beside: Sequence[int] | None = None,
         copy_engines: bool = False,
         reshard_timeout_s: float = 600.0,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
+        self._make_room = make_room
         self._follower = follower
         initialized = dist.is_initialized()
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
@@ -283,6 +287,7 @@ class ColocatedRollout:
             logger.warning("%s\nrestarting it; %s", names, consequence)
         dead = {death.rank for death in deaths}
         begin = time.perf_counter()
+        gather_results(self._make_room)
         gather_results(lambda: self._restart_part(dead))
         if self._rank == deaths[0].rank:
             logger.warning("restarted after %.1f s", time.perf_counter() - begin)

@@ -246,6 +246,7 @@ class _Builder:
             beside=plan.beside,
             copy_engines=config.actor_rollout_ref.rollout.copy_engines,
             reshard_timeout_s=config.trainer.reshard_timeout_s,
+            **({"make_room": self._device_memory.reclaim} if self._device_memory else {}),
         )
 
     def _in_conversations(self, rollout: Rollout) -> Rollout:

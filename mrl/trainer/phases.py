@@ -64,7 +64,7 @@ class PhaseSwitch:
     def __post_init__(self) -> None:
         self._engines_are_resident = not self.engine_tags
         self._sizes: dict[str, int] = {}
-        """What an engine took for a tag on this rank's device when it last resumed it, in bytes."""
+        """The most that an engine took for a tag on this rank's device when it resumed it, in bytes."""
         self._metrics: Metrics = {}
 
     def to_rollout(self) -> Metrics:
@@ -134,8 +134,10 @@ class PhaseSwitch:
         gather_results(lambda: None)
         before = self.device.in_use() if self.device else 0
         self.rollout.resume_memory([tag])
-        if self.device is not None:
-            self._sizes[tag] = self.device.in_use() - before
+        taken = self.device.in_use() - before if self.device else 0
+        # An engine that is dead takes nothing now, and all of it when it is restarted.
+        if taken > 0:
+            self._sizes[tag] = max(taken, self._sizes.get(tag, 0))
 
     def _note(self, moment: str) -> None:
         if self.device is not None:

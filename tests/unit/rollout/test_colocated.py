@@ -322,12 +322,15 @@ def test_a_dead_engines_unfinished_prompts_are_answered_after_its_restart(leader
 def test_an_engine_that_dies_in_an_update_gets_the_same_version_after_its_restart():
     def scenario(rank):
         engines = {0: Mortal(dies_in_update=1), 1: Mortal()}
-        rollout = front(rank, engines, max_engine_restarts=1)
+        room = []
+        rollout = front(rank, engines, max_engine_restarts=1, make_room=lambda: room.append(engines[0].dead))
         versions = [rollout.update_weights()["rollout/weight_version"] for _ in range(3)]
         samples = rollout.generate(PROMPTS, PARAMS)
-        return versions, {sample.generation.weight_version for sample in samples}, len(engines[rank].redos)
+        return versions, {sample.generation.weight_version for sample in samples}, len(engines[rank].redos), room
 
-    assert run(2, scenario) == [([0.0, 1.0, 2.0], {2}, 4)] * 2
+    expected = [0.0, 1.0, 2.0], {2}, 4
+    # On every rank, and before the engine is there again.
+    assert run(2, scenario) == [(*expected, [True]), (*expected, [False])]
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_its_own_error():

@@ -118,6 +118,38 @@ def test_weights_wait_for_the_offload_where_they_do_not_fit_beside_it():
     assert ledger.calls == CAREFULLY, "the cache of 40 GiB cannot fit, but the weights were taken after the offload"
 
 
+def test_a_dead_engine_is_not_taken_for_one_that_needs_nothing():
+    class Mortal(Ledger):
+        dead = False
+
+        def resume_memory(self, tags):
+            if self.dead:
+                self.calls.append("nobody resumes")
+            else:
+                super().resume_memory(tags)
+
+        def update_weights(self):
+            if self.dead:
+                self.dead = False
+                for tag in ENGINE_TAGS:
+                    self.take(tag, SIZES[tag])
+            return super().update_weights()
+
+    ledger = Mortal(capacity=100 * GIB)
+    phases = switch(ledger, ENGINE_TAGS)
+    for dead in (False, True, False):
+        ledger.dead = dead
+        phases.to_rollout()
+        phases.to_training()
+        ledger.train()
+    # State, contexts and the actor's weights: 3 GiB of an engine's weights do not fit beside them.
+    ledger.calls.clear()
+    ledger.capacity = 37 * GIB
+    with pytest.raises(AssertionError, match="out of memory"):
+        phases.to_rollout()
+    assert ledger.calls == CAREFULLY
+
+
 def test_memory_is_reported_at_every_step_of_both_ways():
     ledger = Ledger()
     phases = switch(ledger, ENGINE_TAGS)
