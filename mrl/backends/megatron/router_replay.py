@@ -146,8 +146,11 @@ def spread_choices(inputs: ModelInputs, routed_experts: Sequence[Tensor]) -> Ten
     for row, each in zip(table, routed_experts, strict=False):
         row[: len(each)] = each
     device = inputs.tokens.device
+    if device.type == "cuda":
+        # Without it the copy would wait for all that the device has to do.
+        table = table.pin_memory()
     # Padding lies behind the last sample, or behind the last token of one.
-    return table.to(device)[inputs.samples, inputs.positions.clamp(max=longest)].transpose(0, 1)
+    return table.to(device, non_blocking=True)[inputs.samples, inputs.positions.clamp(max=longest)].transpose(0, 1)
 
 
 def _take_over(router: torch.nn.Module) -> ReplayingRouter:

@@ -117,8 +117,9 @@ def _serve(flags: list[str]) -> None:
     _remove_files_of_ports(sglang_engine.PortArgs, leftovers)
     folder = tempfile.mkdtemp(prefix="mrl_judge_")
     leftovers.add(Path(folder))
-    # Its processes would meet at a port that listens on every interface.
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
+    if parsed.nnodes == 1 and (parsed.dp_size == 1 or parsed.enable_dp_attention):
+        # Its processes would meet at a port that listens on every interface. Replicas and hosts need one for each.
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
 
     def announce() -> None:
         place = join_host_port(parsed.host, parsed.port)
