@@ -115,7 +115,7 @@ class ChildProcesses:
 
     def unlink_files(self) -> None:
         """Remove the engine's names from the file system, so that however this process ends, nothing is left."""
-        queues = [path for process in self.processes for path in _SHM.glob(f"sgl_shm_mq_{process.pid}_*")]
+        queues = [path for process in self.processes for path in _SHM.glob(f"sgl_shm_*_{process.pid}_*")]
         for path in [*self.files, *queues]:
             path.unlink(missing_ok=True)
         self.files = []
