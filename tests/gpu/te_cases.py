@@ -6,15 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from family_configs import FAMILY_CONFIGS
 from forced_experts import ForcedReference, batch_with_experts
-from hugging_face import checkpoint_state
+from megatron_cases import run_reference
 from megatron_reference import (
     OPTIMIZER,
     TEMPERATURE,
-    Reference,
     load_reference,
     make_batch,
     policy_loss,
@@ -64,10 +62,10 @@ REPLAYED = {"packed": True, "router_replay": True, "recompute": Recompute(granul
 def prepare(folder: Path) -> tuple[dict[str, str], dict[str, tuple[Any, ...]]]:
     """A random model of every family, and what transformers makes of each; of some also with experts forced on it."""
     models = {name: save_random_model(folder / name, config) for name, config in FAMILY_CONFIGS.items()}
-    references = {name: train_reference(load_reference(path), mini_batches()) for name, path in models.items()}
+    references = {name: run_reference(load_reference(path), mini_batches()) for name, path in models.items()}
     for family in EXPERTS:
         forced = ForcedReference(load_reference(models[family]).model)
-        references[f"{family} replayed"] = train_reference(forced, mini_batches(family))
+        references[f"{family} replayed"] = run_reference(forced, mini_batches(family))
     return models, references
 
 
@@ -76,13 +74,6 @@ def mini_batches(replayed: str = "") -> list[TrainBatch]:
     if replayed:
         return [batch_with_experts(VOCAB, replayed, seed=seed) for seed in range(2)]
     return [make_batch(VOCAB, 7, seed=seed) for seed in range(2)]
-
-
-def train_reference(reference: Reference, batches: list[TrainBatch]) -> tuple[Any, ...]:
-    with torch.no_grad():
-        log_probs = reference.outputs(batches[0])["log_probs"]
-    log = reference.train(batches, policy_loss)
-    return log_probs, log, checkpoint_state(reference.model)
 
 
 def build(path: str, *, dtype: str = "float32", layout: dict[str, Any] | None = None, **options: Any) -> MegatronEngine:
