@@ -173,54 +173,39 @@ def _token_ids() -> dict[str, int]:
     return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def _actor_config() -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=_MAX_POSITIONS,
-        tie_word_embeddings=False,
-        dtype="float32",
+def _shape(hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
+    """What the models' configurations have in common."""
+    return {
+        "vocab_size": _VOCAB_SIZE,
+        "hidden_size": hidden_size,
+        "intermediate_size": 256,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": _MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
         **_token_ids(),
-    )
+    }
+
+
+def _actor_config() -> Qwen2Config:
+    return Qwen2Config(**_shape(hidden_size=128, num_hidden_layers=4))
 
 
 def _moe_actor_config() -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
+        **_shape(hidden_size=128, num_hidden_layers=4),
         moe_intermediate_size=64,
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
         head_dim=16,
-        max_position_embeddings=_MAX_POSITIONS,
-        tie_word_embeddings=False,
-        dtype="float32",
-        **_token_ids(),
     )
 
 
 def _critic_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=_MAX_POSITIONS,
-        tie_word_embeddings=False,
-        dtype="float32",
-        **_token_ids(),
-    )
+    return LlamaConfig(**_shape(hidden_size=256, num_hidden_layers=2))
 
 
 def _tasks() -> list[tuple[str, str]]:
