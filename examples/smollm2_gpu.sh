@@ -25,7 +25,7 @@ exec "$python" -m mrl.trainer.main_ppo \
     actor_rollout_ref.actor.ppo_mini_batch_size=64 \
     actor_rollout_ref.actor.use_dynamic_bsz=True \
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768 \
-    actor_rollout_ref.actor.optim.lr=1e-5 \
+    actor_rollout_ref.actor.optim.lr=3e-6 \
     actor_rollout_ref.actor.megatron.optimizer_offload=True \
     critic.use_dynamic_bsz=True \
     critic.ppo_max_token_len_per_gpu=32768 \

@@ -62,6 +62,10 @@ def model_job(folder: Path, arguments: argparse.Namespace) -> list[str]:
         f"{actor}.use_dynamic_bsz=True",
         f"{actor}.ppo_max_token_len_per_gpu={arguments.micro_tokens}",
         f"{critic}.ppo_max_token_len_per_gpu={arguments.micro_tokens}",
+        # A pass without gradients keeps little; small ones would wait for their kernels to be launched.
+        f"{rollout}.log_prob_max_token_len_per_gpu={4 * arguments.micro_tokens}",
+        f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={4 * arguments.micro_tokens}",
+        f"{critic}.forward_max_token_len_per_gpu={4 * arguments.micro_tokens}",
         f"{rollout}.tensor_model_parallel_size=1",
         f"{rollout}.ignore_eos=True",
         f"{rollout}.max_num_seqs={arguments.prompts}",

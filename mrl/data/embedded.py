@@ -27,7 +27,7 @@ from mrl.rewards.embedded import DATA_SOURCE
 PREFIX = "embedded:"
 NUM_TRAIN_ROWS = 2048
 
-_REVISION = "2"
+_REVISION = "3"
 """Part of the folder's name; raise it with every change of what is written, so that no stale folder is reused."""
 _LAST_DIGITS = range(3, 8)
 _RUN_LENGTHS = range(1, 4)
@@ -200,7 +200,7 @@ def _moe_actor_config() -> Qwen3MoeConfig:
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        head_dim=16,
+        head_dim=64,
     )
 
 

@@ -18,6 +18,9 @@ UNUSABLE_TOKENS = 2
 """Of its context length SGLang gives no request the last two tokens; it cuts responses short without a word."""
 
 
+_ROTARY_HEAD_SIZES = (64, 128, 256, 512)
+
+
 def max_request_tokens(scheduler_info: Mapping[str, Any]) -> int:
     """Most tokens of a prompt and its full response, from what a scheduler reports once its cache is allocated."""
     # The reported limit is for prompts alone: 5 tokens below the longest request, whose last one is never generated.
@@ -58,26 +61,31 @@ class EngineSettings:
         check_start(
             Path(self.model_path),
             tp_size=self.tp_size,
+            dtype=self.dtype,
             device=self.device,
             context_length=self.context_length,
             max_total_tokens=self.max_total_tokens,
         )
-        memory = {} if self.mem_fraction_static is None else {"mem_fraction_static": self.mem_fraction_static}
-        gpus = {} if not self.gpus else {"base_gpu_id": 0 if _are_reordered(self.gpus) else self.gpus[0]}
-        return server_args(
-            self.device,
-            model_path=str(self.model_path),
-            tp_size=self.tp_size,
-            dtype=self.dtype,
-            context_length=self.context_length + UNUSABLE_TOKENS,
-            max_running_requests=self.max_running_requests,
-            max_total_tokens=self.max_total_tokens,
-            random_seed=self.seed,
-            **memory,
-            **gpus,
-            **({} if part is None else part.server_args()),
-            **self.engine_kwargs,
-        )
+        args: dict[str, Any] = {
+            "model_path": str(self.model_path),
+            "tp_size": self.tp_size,
+            "dtype": self.dtype,
+            "context_length": self.context_length + UNUSABLE_TOKENS,
+            "max_running_requests": self.max_running_requests,
+            "max_total_tokens": self.max_total_tokens,
+            "random_seed": self.seed,
+        }
+        if self.device == "cuda":
+            # By itself SGLang captures graphs of small batches only, 24 on a GPU of 24 GB, 256 on one of 141 GB; larger
+            # ones would be decoded no faster than one core launches their kernels.
+            args["cuda_graph_max_bs_decode"] = self.max_running_requests
+        if self.mem_fraction_static is not None:
+            args["mem_fraction_static"] = self.mem_fraction_static
+        if self.gpus:
+            args["base_gpu_id"] = 0 if _are_reordered(self.gpus) else self.gpus[0]
+        if part is not None:
+            args |= part.server_args()
+        return server_args(self.device, **(args | dict(self.engine_kwargs)))
 
     def environment(self) -> dict[str, str]:
         """Variables of the engine's processes."""
@@ -158,14 +166,14 @@ def _cuda_runtime_folder(mapped: str) -> str | None:
 
 
 def check_start(
-    model_path: Path, *, tp_size: int, device: str, context_length: int, max_total_tokens: int | None
+    model_path: Path, *, tp_size: int, dtype: str, device: str, context_length: int, max_total_tokens: int | None
 ) -> None:
     """Refuse what SGLang would start with and then compute wrongly.
 
     Raises:
         ValueError: not a model folder, a context longer than the model's, log-probs switched to another definition;
-            on CPU also KV heads that `tp_size` does not divide, no `max_total_tokens`, or a process that must not be
-            forked any more.
+            on CUDA also heads that SGLang has no kernel for; on CPU also KV heads that `tp_size` does not divide, no
+            `max_total_tokens`, or a process that must not be forked any more.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device = {device!r} must be cpu or cuda")
@@ -181,6 +189,7 @@ def check_start(
             "SGLANG_RETURN_ORIGINAL_LOGPROB is set: log-probs would not be at the sampling temperature; unset it"
         )
     if device != "cpu":
+        _check_head_size(config, dtype, path)
         return
     if max_total_tokens is None:
         raise ValueError("max_total_tokens must be set on CPU; SGLang would take half of the machine's memory")
@@ -192,3 +201,15 @@ def check_start(
         )
     if dist.is_available() and dist.is_initialized():
         raise ValueError("start the engine before torch.distributed: its processes are forked and would inherit it")
+
+
+def _check_head_size(config: Mapping[str, Any], dtype: str, path: Path) -> None:
+    # Of the supported families this one alone writes its KV cache in the rotary kernel, in bfloat16.
+    if config.get("model_type") != "qwen3_moe" or dtype != "bfloat16":
+        return
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head_dim not in _ROTARY_HEAD_SIZES:
+        raise ValueError(
+            f"head_dim = {head_dim} of {path}: SGLang's kernel for a Qwen3-MoE in bfloat16 knows {_ROTARY_HEAD_SIZES}; "
+            "use float16 or float32 for actor_rollout_ref.rollout.dtype"
+        )

@@ -1,7 +1,8 @@
-"""On which GPUs an engine's processes are told to run, and what else they find in their environment."""
+"""What engines are started with: GPUs, CUDA graphs, environment."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,16 +21,47 @@ def model_folder(tmp_path):
     return tmp_path
 
 
-def base_gpu(model_folder, gpus):
-    settings = EngineSettings(
-        model_path=model_folder, tp_size=2, dtype="bfloat16", device="cuda", context_length=8, gpus=gpus
-    )
-    return settings.engine_args().get("base_gpu_id")
+def engine_args(model_folder, **values):
+    settings = {"tp_size": 2, "dtype": "bfloat16", "device": "cuda", "context_length": 8, **values}
+    return EngineSettings(model_path=model_folder, **settings).engine_args()
 
 
 @pytest.mark.parametrize(("gpus", "base"), [((), None), ((0, 1), 0), ((2, 3), 2), ((3, 2), 0), ((0, 2), 0)])
 def test_an_engine_begins_at_its_first_gpu_where_they_follow_each_other(model_folder, gpus, base):
-    assert base_gpu(model_folder, gpus) == base
+    assert engine_args(model_folder, gpus=gpus).get("base_gpu_id") == base
+
+
+def test_every_batch_that_an_engine_can_run_has_a_cuda_graph(model_folder):
+    assert engine_args(model_folder, max_running_requests=512)["cuda_graph_max_bs_decode"] == 512
+
+
+def test_no_graph_is_asked_for_on_a_cpu(model_folder):
+    args = engine_args(model_folder, device="cpu", dtype="float32", max_total_tokens=64)
+    assert "cuda_graph_max_bs_decode" not in args
+
+
+def test_what_the_user_gives_sglang_wins(model_folder):
+    kwargs = {"cuda_graph_max_bs_decode": 8, "random_seed": 3}
+    args = engine_args(model_folder, max_running_requests=512, engine_kwargs=kwargs)
+    assert args | kwargs == args
+
+
+@pytest.mark.parametrize("head", [{"head_dim": 16}, {}])
+def test_heads_without_a_kernel_are_refused_on_a_gpu(model_folder, head):
+    write_qwen3_moe(model_folder, **head)
+    with pytest.raises(ValueError, match=r"head_dim = 16 of .*knows \(64, 128, 256, 512\)"):
+        engine_args(model_folder)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (16, "float32")])
+def test_heads_with_a_kernel_are_not(model_folder, head_dim, dtype):
+    write_qwen3_moe(model_folder, head_dim=head_dim)
+    assert engine_args(model_folder, dtype=dtype)["dtype"] == dtype
+
+
+def write_qwen3_moe(folder, **values):
+    config = {"model_type": "qwen3_moe", "hidden_size": 128, "num_attention_heads": 8, **values}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
