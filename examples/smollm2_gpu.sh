@@ -1,7 +1,8 @@
 #!/bin/sh
 # PPO on a real pretrained model on one GPU: SmolLM2-135M-Instruct learns to count letters. Two solved questions stand
 # before each one; without them the model never writes an answer that could be scored. Model and rows come from Python
-# packages; the rewards of the first 20 steps are in docs/benchmarks/smollm2_h100x1.json.
+# packages. docs/benchmarks/smollm2_h200x1.json has the curves of the first 35 steps: 0.17 -> 0.34, validation 0.26 ->
+# 0.32 (a learning rate of 1e-5 is there after 12 steps, and no further after 60).
 #
 #     sh examples/smollm2_gpu.sh [FOLDER] [key=value ...]
 set -eu
