@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from typing import Any
+
+from tqdm import tqdm
 
 from mrl.backends.sglang.parts import register_rendezvous
 
@@ -44,3 +47,5 @@ def _detach() -> None:
     # A fork may have inherited replaced streams, for example a test runner's.
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    # By itself tqdm makes a semaphore of the system; whoever started a child that is killed is warned of a leak.
+    tqdm.set_lock(threading.RLock())
