@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 logger = logging.getLogger("mrl.setup")
 ROOT = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++20"]
+DEVICE = Path("/dev/nvidiactl")
 
 
 def extension_options() -> dict:
@@ -18,7 +19,7 @@ def extension_options() -> dict:
     MRL_BUILD_OPS=1 compiles wherever nvcc is, 0 nowhere; unset, only on hosts with an NVIDIA device. Without it, a GPU
     host compiles at first use.
     """
-    wanted = os.environ.get("MRL_BUILD_OPS", "1" if Path("/dev/nvidiactl").exists() else "0")
+    wanted = os.environ.get("MRL_BUILD_OPS", "1" if DEVICE.exists() else "0")
     if wanted == "0":
         return {}
     try:
@@ -40,7 +41,9 @@ def extension_options() -> dict:
                 logger.warning("mrl: compiling csrc/ failed, mrl is installed without it: %s", error)
                 self.extensions.clear()
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    if not DEVICE.exists():
+        # With a device torch compiles for that; for an image that is built elsewhere, Hopper, and what comes after it.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
     patterns = ("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu")
     sources = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}"))
     extension = cpp_extension.CUDAExtension(

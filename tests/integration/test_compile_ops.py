@@ -1,4 +1,4 @@
-"""csrc/ compiles for an H100 on a machine without one, and the compiler of torch accepts the ops."""
+"""csrc/ compiles for A100, H100 and B200 on a machine without one, and the compiler of torch accepts the ops."""
 
 import os
 import shutil
@@ -11,11 +11,12 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiling for sm_90 needs nvcc")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiling for a GPU needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("kernel", ["batched_strided_copy", "checksum"])
-def test_kernels_compile_for_sm_90_without_spills(kernel, tmp_path):
+def test_kernels_compile_without_spills(kernel, architecture, tmp_path):
     target = tmp_path / "kernel.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-I", "csrc/include"]
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-I", "csrc/include"]
     command += [f"csrc/cuda/{kernel}.cu", "-o", str(target)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
