@@ -31,7 +31,7 @@ from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
 from mrl.parallel.layout import ParallelLayout
 from mrl.reshard.spec import load_spec
-from mrl.types import TrainBatch
+from mrl.types import MicroBatchLimit, TrainBatch
 
 RANKS = 2
 SAMPLES, LENGTH = 8, 64
@@ -109,11 +109,11 @@ def measure(env: RankEnvironment, model: Path, root: Path, *, repeats: int, step
         )
         return Checkpointer(root=root / mode, roles={"actor": role}, save_freq=1, total_steps=1)
 
-    batch, measured = make_batch(spec.vocab_size), Measured()
+    batch, limit, measured = make_batch(spec.vocab_size), MicroBatchLimit(samples=4), Measured()
 
     def step() -> None:
         denominator = batch.loss_mask.sum() * 1.0
-        engine.update(batch, lambda output, _: (-output["log_probs"].sum() / denominator, {}), micro_batch_size=4)
+        engine.update(batch, lambda output, _: (-output["log_probs"].sum() / denominator, {}), limit=limit)
 
     savers = {"none": None, "synchronous": checkpointer("synchronous"), "asynchronous": checkpointer("asynchronous")}
     step()

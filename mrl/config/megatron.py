@@ -11,7 +11,7 @@ from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict, freeze
 from mrl.config.section import Section
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float32"]
 
 TRANSFORMER_DEFAULTS: Mapping[str, Any] = freeze(
     {

@@ -104,6 +104,7 @@ class PPOConfig(Section):
         self._check_lengths()
         self._check_token_limits()
         self._check_engines()
+        self._check_dtypes()
         self._check_router_replay()
         self._check_turns()
         if self.trainer.validates and not self.data.val_files:
@@ -260,6 +261,14 @@ class PPOConfig(Section):
         if self.needs_critic and critic.use_dynamic_bsz:
             for key in ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"):
                 check("critic", critic, key, critic.megatron.context_parallel_size)
+
+    def _check_dtypes(self) -> None:
+        actor, rollout = self.actor_rollout_ref.actor.megatron.dtype, self.actor_rollout_ref.rollout.dtype
+        if actor != rollout:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.megatron.dtype = {actor}, but actor_rollout_ref.rollout.dtype = {rollout}: "
+                "engines take the actor's bytes as they are; set both to the same"
+            )
 
     def _check_engines(self) -> None:
         rollout, world_size = self.actor_rollout_ref.rollout, self.trainer.world_size

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from mrl.parallel.layout import ParallelLayout
-from mrl.reshard.families import expected_sglang_shape, layer_params, tensor_shapes
+from mrl.reshard.families import expected_sglang_shape, layer_params, padded_vocab_size, tensor_shapes
 from mrl.reshard.families.decoder import EMBEDDING, FINAL_NORM, LM_HEAD
 from mrl.reshard.layout import SourceBuffer, SourceParam, SourceRank, TargetParam
 from mrl.reshard.spec import ModelSpec
 from mrl.reshard.synthetic import trainer_shard
 
 _ALIGNMENT_BYTES = 256
-_VOCAB_MULTIPLE = 128
-"""Megatron pads the vocabulary to a multiple of this times its tensor-parallel size."""
 
 ShardKey = tuple[int, int, int, int]
 """(tp_rank, pp_rank, ep_rank, etp_rank): trainer ranks of one key hold the same parameters."""
@@ -38,14 +36,13 @@ def trainer_exports(
 ) -> list[SourceRank]:
     """The export of every trainer rank. Ranks that hold the same shard share one table."""
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in tensor_shapes(spec).items()}
-    multiple = _VOCAB_MULTIPLE * layout.tp
-    padded_vocab_size = -(-spec.vocab_size // multiple) * multiple
+    rows = padded_vocab_size(spec.vocab_size, layout.tp)
     tables: dict[ShardKey, tuple[tuple[SourceParam, ...], int]] = {}
     sources = []
     for rank in range(layout.world_size):
         key = shard_key(layout, rank)
         if key not in tables:
-            tables[key] = _lay_out(trainer_shard(spec, state, layout, rank, padded_vocab_size=padded_vocab_size))
+            tables[key] = _lay_out(trainer_shard(spec, state, layout, rank, padded_vocab_size=rows))
         params, num_bytes = tables[key]
         sources.append(
             SourceRank(
@@ -76,7 +73,7 @@ def engine_params(spec: ModelSpec, *, tp: int, ep: int, dtype: torch.dtype) -> l
     return [
         TargetParam(
             name=name,
-            shape=expected_sglang_shape(spec, name, tp_size=tp, ep_size=ep, vocab_multiple=64 * tp),
+            shape=expected_sglang_shape(spec, name, tp_size=tp, ep_size=ep),
             dtype=name_of_dtype,
             element_size=dtype.itemsize,
         )

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mrl.backends.megatron.adam import FusedAdam
 from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
-from mrl.backends.megatron.model import is_expert_parameter, padded_vocab_size, shift_expert
+from mrl.backends.megatron.model import is_expert_parameter, shift_expert
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.rope import scaled_frequencies
 from mrl.reshard.spec import RopeScaling
@@ -48,11 +48,6 @@ def test_random_draws_of_a_role_are_its_own() -> None:
         draw(other)
     assert drawn == expected
     assert torch.equal(torch.get_rng_state(), outside)
-
-
-@pytest.mark.parametrize(("size", "tp", "padded"), [(250, 2, 250), (250, 4, 252), (1, 8, 8)])
-def test_vocabulary_is_padded_to_a_multiple_of_tp(size, tp, padded) -> None:
-    assert padded_vocab_size(size, tp) == padded
 
 
 def test_expert_numbers_become_global_in_both_spellings() -> None:

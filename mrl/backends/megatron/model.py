@@ -28,6 +28,7 @@ from mrl.backends.megatron.norm import RMSNorm
 from mrl.backends.megatron.rope import PackedRotary, scaled_frequencies
 from mrl.backends.megatron.value_head import ValueHead
 from mrl.parallel.layout import ParallelLayout
+from mrl.reshard.families import padded_vocab_size
 from mrl.reshard.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,6 @@ def is_expert_parameter(name: str) -> bool:
 def shift_expert(name: str, distance: int) -> str:
     """The name of the same parameter of the expert `distance` further; other names as they are."""
     return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + distance}", name)
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up so that tp_group divides it evenly."""
-    return -(-vocab_size // tp_size) * tp_size
 
 
 def transformer_config(

@@ -211,5 +211,5 @@ def _check_head_size(config: Mapping[str, Any], dtype: str, path: Path) -> None:
     if head_dim not in _ROTARY_HEAD_SIZES:
         raise ValueError(
             f"head_dim = {head_dim} of {path}: SGLang's kernel for a Qwen3-MoE in bfloat16 knows {_ROTARY_HEAD_SIZES}; "
-            "use float16 or float32 for actor_rollout_ref.rollout.dtype"
+            "train and generate in float32, or use a model with such heads"
         )

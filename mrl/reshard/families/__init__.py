@@ -21,6 +21,7 @@ __all__ = [
     "families",
     "layer_params",
     "megatron_pieces",
+    "padded_vocab_size",
     "sglang_pieces",
     "spec_from_config",
     "tensor_shapes",
@@ -85,6 +86,11 @@ def sglang_pieces(
     return _checked(decoder.sglang_param(spec, name, cut, vocab_rows=shape[0]), name, shape, cut)
 
 
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the vocabulary that an actor's tp_group shares evenly: rounded up to a multiple of its size."""
+    return _rounded_up(vocab_size, tp_size)
+
+
 def expected_megatron_shape(
     spec: ModelSpec, name: str, *, tp_size: int, etp_size: int = 1, padded_vocab_size: int | None = None
 ) -> tuple[int, ...]:
@@ -94,14 +100,21 @@ def expected_megatron_shape(
     return decoder.megatron_param(spec, name, cut, vocab_rows=rows).shape
 
 
-def expected_sglang_shape(
-    spec: ModelSpec, name: str, *, tp_size: int, ep_size: int = 1, vocab_multiple: int = 64
-) -> tuple[int, ...]:
-    """Shape of one engine rank's parameter; SGLang pads the vocabulary to a multiple of 64."""
+def expected_sglang_shape(spec: ModelSpec, name: str, *, tp_size: int, ep_size: int = 1) -> tuple[int, ...]:
+    """Shape of one engine rank's parameter.
+
+    SGLang pads the vocabulary to a multiple of 64, on CPU to 64 times the size where that does not divide it.
+    """
     cut = Cut("SGLang", 0, tp_size, ep_size)
-    padded = -(-spec.vocab_size // vocab_multiple) * vocab_multiple
+    padded = _rounded_up(spec.vocab_size, 64)
+    if padded % tp_size:
+        padded = _rounded_up(spec.vocab_size, 64 * tp_size)
     rows = cut.share(padded, "padded vocabulary") if _is_vocabulary(name) else 0
     return decoder.sglang_param(spec, name, cut, vocab_rows=rows).shape
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _is_vocabulary(name: str) -> bool:

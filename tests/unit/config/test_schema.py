@@ -161,6 +161,11 @@ def test_the_key_table_is_up_to_date():
         ),
         ("actor_rollout_ref.rollout.response_length=9", r"response_length = 9 and data\.max_response_length = 512"),
         ("actor_rollout_ref.rollout.num_engines=5", r"5 engine\(s\) of tensor_model_parallel_size = 2 need 10 ranks"),
+        (
+            "actor_rollout_ref.rollout.dtype=float32",
+            r"actor\.megatron\.dtype = bfloat16, but actor_rollout_ref\.rollout\.dtype = float32: .* both to the same",
+        ),
+        ("actor_rollout_ref.actor.megatron.dtype=float16", r"dtype = 'float16' must be one of 'bfloat16', 'float32'"),
         ("trainer.n_gpus_per_node=1", r"need 2 ranks, but trainer\.nnodes x trainer\.n_gpus_per_node = 1"),
         ("data.val_files=[]", r"data\.val_files is empty, but the run validates"),
         ("data.train_files=[]", r"data\.train_files is empty"),

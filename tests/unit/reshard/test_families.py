@@ -1,6 +1,7 @@
 """The layout tables against hand-worked boxes and against cat, reshape and chunk; config fields that are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mrl.reshard.families import (
     expected_sglang_shape,
     families,
     megatron_pieces,
+    padded_vocab_size,
     sglang_pieces,
     spec_from_config,
     tensor_shapes,
@@ -141,6 +143,17 @@ def test_sglang_tables_agree_with_the_slow_reference(spec, tp_size, data):
             assert expected_sglang_shape(spec, name, tp_size=tp_size, ep_size=ep_size) == tensor.shape
             pieces = sglang_pieces(spec, name, tensor.shape, **place)
             assert bitwise_equal(assemble(pieces, state, tensor.shape), tensor), name
+
+
+@pytest.mark.parametrize(("size", "tp", "padded"), [(250, 2, 250), (250, 4, 252), (1, 8, 8)])
+def test_an_actors_vocabulary_is_padded_to_a_multiple_of_its_tp_group(size, tp, padded):
+    assert padded_vocab_size(size, tp) == padded
+
+
+def test_an_engines_vocabulary_is_padded_to_64_and_where_that_cannot_be_shared_further():
+    spec = replace(spec_from_config(FAMILY_CONFIGS["qwen2"]), vocab_size=250)
+    rows = {tp: tp * expected_sglang_shape(spec, "model.embed_tokens.weight", tp_size=tp)[0] for tp in (1, 2, 3)}
+    assert rows == {1: 256, 2: 256, 3: 384}
 
 
 def test_numbered_experts_of_transformer_engine_are_those_of_the_local_layers():

@@ -50,6 +50,13 @@ def test_traffic_of_a_hand_worked_case():
     assert traffic.mean("same_host_bytes") == 0
 
 
+def test_a_vocabulary_that_both_sides_cut_alike_is_aliased():
+    # 192 is a multiple of 64, but not of 128 times two: whoever pads it further for the trainer finds other cuts.
+    given = job(dataclasses.replace(DENSE, vocab_size=192), world_size=2, tp=2, rollout_tp=2, gpus_per_host=2)
+    traffic = plan_traffic(dataclasses.replace(given, alias=True))
+    assert [group.stats.bytes for group in traffic.groups] == [0] * len(traffic.groups)
+
+
 def test_a_sample_of_the_groups_is_the_same_each_time_and_says_how_many_there_are():
     given = JOBS["stages on hosts of their own"]
     sample = plan_traffic(given, most_groups=3)
