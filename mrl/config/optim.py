@@ -14,18 +14,19 @@ from mrl.config.section import Section
 
 @dataclass(kw_only=True, frozen=True)
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule. A step of the schedule is one optimizer step."""
+    """AdamW and its learning-rate schedule, whose lengths are PPO steps, as verl's: it moves on with every optimizer
+    step, of which a PPO step has several."""
 
     lr: float = 1e-6
     """Peak learning rate."""
     lr_warmup_steps: int = -1
-    """Optimizer steps of linear warm-up from `lr_warmup_init`; -1 takes `lr_warmup_steps_ratio`."""
+    """PPO steps of linear warm-up from `lr_warmup_init`; -1 takes `lr_warmup_steps_ratio`."""
     lr_warmup_steps_ratio: float = 0.0
     """The same as a share of `total_training_steps`."""
     lr_warmup_init: float = 0.0
     """Learning rate at the first step of the warm-up."""
     total_training_steps: int = -1
-    """Optimizer steps after which the decay ends; -1 is the whole run, counted by the trainer."""
+    """PPO steps after which the decay ends; -1 is the whole run, counted by the trainer."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
     """How the learning rate falls to `min_lr` after warm-up."""
     min_lr: float = 0.0

@@ -40,7 +40,7 @@ from mrl.trainer.ppo import ActorRole, CriticRole, PPOTrainer, ReferenceRole
 from mrl.trainer.resume import checkpoint_root
 from mrl.trainer.reward_model import RewardModelStage
 from mrl.trainer.rewards import build_reward
-from mrl.trainer.roles import actor_setup, critic_setup, reference_setup, reward_model_setup
+from mrl.trainer.roles import TrainingLength, actor_setup, critic_setup, reference_setup, reward_model_setup
 from mrl.trainer.samples import SampleWriter
 from mrl.trainer.schedules import updates_per_step
 from mrl.trainer.scoring import Scorer
@@ -185,13 +185,16 @@ class _Builder:
     def _roles(self) -> _Roles:
         config, plan = self._config, self._plan
         samples_per_step = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
-        actor_steps = self._total_steps - config.trainer.critic_warmup
-        actor_updates = max(1, actor_steps * updates_per_step(plan.actor_schedule, samples_per_step))
-        actor = self._engine(actor_setup(config, plan, total_updates=actor_updates))
+        actor_length = TrainingLength(
+            steps=max(1, self._total_steps - config.trainer.critic_warmup),
+            updates_per_step=updates_per_step(plan.actor_schedule, samples_per_step),
+        )
+        actor = self._engine(actor_setup(config, plan, actor_length))
         critic = None
         if plan.critic_schedule is not None:
-            critic_updates = self._total_steps * updates_per_step(plan.critic_schedule, samples_per_step)
-            critic = self._engine(critic_setup(config, plan, total_updates=critic_updates))
+            updates = updates_per_step(plan.critic_schedule, samples_per_step)
+            critic_length = TrainingLength(steps=self._total_steps, updates_per_step=updates)
+            critic = self._engine(critic_setup(config, plan, critic_length))
         ref_setup = reference_setup(config, plan)
         score_setup = reward_model_setup(config, plan)
         return _Roles(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mrl.backends.megatron.model import Recompute
@@ -16,18 +16,28 @@ from mrl.trainer.plan import RunPlan
 from mrl.trainer.role_plan import RolePlan
 
 
-def actor_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
+@dataclass(kw_only=True, frozen=True)
+class TrainingLength:
+    """Of one role."""
+
+    steps: int
+    """PPO steps in which it is trained."""
+    updates_per_step: int
+    """Optimizer steps of each."""
+
+
+def actor_setup(config: PPOConfig, plan: RunPlan, length: TrainingLength) -> RoleSetup:
     """The policy that is trained."""
     actor = config.actor_rollout_ref.actor
-    setup = _trained("actor", config, plan, plan.actor, actor.megatron, actor.optim, total_updates)
+    setup = _trained("actor", config, plan, plan.actor, actor.megatron, optimizer_settings(actor.optim, length))
     return replace(setup, router_replay=config.replays_routers)
 
 
-def critic_setup(config: PPOConfig, plan: RunPlan, *, total_updates: int) -> RoleSetup:
+def critic_setup(config: PPOConfig, plan: RunPlan, length: TrainingLength) -> RoleSetup:
     """The value function."""
     critic = config.critic
     assert plan.critic is not None, "this run has no critic"
-    return _trained("critic", config, plan, plan.critic, critic.megatron, critic.optim, total_updates)
+    return _trained("critic", config, plan, plan.critic, critic.megatron, optimizer_settings(critic.optim, length))
 
 
 def reference_setup(config: PPOConfig, plan: RunPlan) -> RoleSetup | None:
@@ -50,8 +60,7 @@ def _trained(
     plan: RunPlan,
     role: RolePlan,
     megatron: TrainableMegatronConfig,
-    optim: OptimConfig,
-    total_updates: int,
+    optimizer: OptimizerSettings,
 ) -> RoleSetup:
     return _setup(
         kind,
@@ -59,7 +68,7 @@ def _trained(
         plan,
         role,
         megatron,
-        optimizer=_optimizer(optim, total_updates),
+        optimizer=optimizer,
         data_parallel=DataParallelSettings(
             use_distributed_optimizer=megatron.use_distributed_optimizer, **megatron.override_ddp_config
         ),
@@ -93,18 +102,20 @@ def _setup(
     )
 
 
-def _optimizer(optim: OptimConfig, total_updates: int) -> OptimizerSettings:
-    decay_steps = optim.total_training_steps if optim.total_training_steps > 0 else total_updates
-    warmup = optim.lr_warmup_steps
+def optimizer_settings(optim: OptimConfig, length: TrainingLength) -> OptimizerSettings:
+    """The schedule, which is configured in PPO steps, in the optimizer's."""
+    decay_steps = optim.total_training_steps if optim.total_training_steps > 0 else length.steps
+    warmup_steps = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else optim.lr_warmup_steps_ratio * decay_steps
+    is_constant = optim.lr_decay_style == "constant"
     return OptimizerSettings(
         lr=optim.lr,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
-        lr_warmup_steps=warmup if warmup >= 0 else int(optim.lr_warmup_steps_ratio * decay_steps),
+        lr_warmup_steps=int(warmup_steps * length.updates_per_step),
         lr_warmup_init=optim.lr_warmup_init,
         lr_decay_style=optim.lr_decay_style,
-        lr_decay_steps=decay_steps,
+        lr_decay_steps=None if is_constant else decay_steps * length.updates_per_step,
         min_lr=optim.min_lr,
         **optim.override_optimizer_config,
     )

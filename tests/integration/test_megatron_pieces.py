@@ -12,7 +12,9 @@ from mrl.backends.megatron.metrics import merge_ranks, reduce_micro_batches
 from mrl.backends.megatron.model import is_expert_parameter, shift_expert
 from mrl.backends.megatron.role_state import RoleState
 from mrl.backends.megatron.rope import scaled_frequencies
+from mrl.config.optim import OptimConfig
 from mrl.reshard.spec import RopeScaling
+from mrl.trainer.roles import TrainingLength, optimizer_settings
 from mrl.types import Metric
 
 
@@ -48,6 +50,25 @@ def test_random_draws_of_a_role_are_its_own() -> None:
         draw(other)
     assert drawn == expected
     assert torch.equal(torch.get_rng_state(), outside)
+
+
+def test_a_schedule_in_ppo_steps_becomes_one_in_optimizer_steps() -> None:
+    length = TrainingLength(steps=100, updates_per_step=16)
+    settings = optimizer_settings(OptimConfig(lr_warmup_steps=10, lr_decay_style="cosine"), length)
+    assert (settings.lr_warmup_steps, settings.lr_decay_steps) == (160, 1600)
+    settings = optimizer_settings(
+        OptimConfig(lr_warmup_steps_ratio=0.1, total_training_steps=50, lr_decay_style="linear"), length
+    )
+    assert (settings.lr_warmup_steps, settings.lr_decay_steps) == (80, 800)
+
+
+def test_a_warm_up_may_outlast_a_run_at_a_constant_rate() -> None:
+    settings = optimizer_settings(OptimConfig(lr_warmup_steps=10), TrainingLength(steps=2, updates_per_step=4))
+    assert (settings.lr_warmup_steps, settings.lr_decay_steps) == (40, None)
+    with pytest.raises(ValueError, match=r"needs lr_decay_steps \(8\) greater than lr_warmup_steps \(40\)"):
+        optimizer_settings(
+            OptimConfig(lr_warmup_steps=10, lr_decay_style="linear"), TrainingLength(steps=2, updates_per_step=4)
+        )
 
 
 def test_expert_numbers_become_global_in_both_spellings() -> None:
