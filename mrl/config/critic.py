@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mrl.config.actor import LossAggMode
 from mrl.config.checkpoint import CriticCheckpointConfig
-from mrl.config.checks import at_least, not_both
+from mrl.config.checks import at_least, more_than, not_both
 from mrl.config.megatron import TrainableMegatronConfig
 from mrl.config.model import CriticModelConfig
 from mrl.config.optim import OptimConfig
@@ -56,6 +56,6 @@ class CriticConfig(Section):
         at_least(self, 1, "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size", "ppo_epochs")
         at_least(self, 1, "forward_micro_batch_size_per_gpu", "forward_micro_batch_size", "loss_scale_factor")
         at_least(self, 1, "ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu")
-        at_least(self, 0, "cliprange_value")
+        more_than(self, 0, "cliprange_value")
         not_both(self, "ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size")
         not_both(self, "forward_micro_batch_size_per_gpu", "forward_micro_batch_size")

@@ -101,8 +101,7 @@ class SampleCollector:
     def _count(self, tally: _Tally) -> Metrics:
         metrics: Metrics = {}
         if self.n_samples_per_prompt > 1:
-            equal = sum(len({sample.reward for sample in group}) == 1 for group in tally.groups)
-            metrics["rollout/zero_variance_fraction"] = equal / len(tally.groups)
+            metrics["rollout/zero_variance_fraction"] = zero_variance_fraction(tally.groups)
         if self.group_filter is not None:
             rewards = [sample.reward or 0.0 for group in tally.groups for sample in group]
             metrics |= {
@@ -113,6 +112,11 @@ class SampleCollector:
                 "reward/generated_mean": sum(rewards) / len(rewards),
             }
         return metrics
+
+
+def zero_variance_fraction(groups: Sequence[Group]) -> float:
+    """Share of prompts whose responses all have the same reward."""
+    return sum(len({sample.reward for sample in group}) == 1 for group in groups) / len(groups)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mrl.rewards.overlong import SCORE_KEY
+from mrl.rewards.weighted import FAILED_KEY
 from mrl.types import Sample
 
 Group = list[Sample]
@@ -22,6 +23,8 @@ _SCORE_METRICS = ("acc", "score")
 class GroupFilter:
     """Keeps the prompts whose responses differ: where all score the same, they say nothing about each other.
 
+    Responses that could not be scored are not compared: an accident is no difference to learn from.
+
     Source: Yu et al., arXiv:2503.14476, "Dynamic Sampling" (eq. 11).
     """
 
@@ -36,18 +39,18 @@ class GroupFilter:
         Raises:
             ValueError: a sample has no such metric.
         """
-        values = [{read_metric(sample, self.metric) for sample in group} for group in groups]
+        values = [self._values(group) for group in groups]
         return (
             [group for group, found in zip(groups, values, strict=True) if len(found) > 1],
-            [group for group, found in zip(groups, values, strict=True) if len(found) == 1],
+            [group for group, found in zip(groups, values, strict=True) if len(found) <= 1],
         )
 
     def check_limit(self, dropped: Sequence[Group], *, kept: int, needed: int, gen_batches: int) -> None:
         """Raise ValueError if no further generation batch may be drawn; says what was found in those so far."""
         if not 0 < self.max_num_gen_batches <= gen_batches:
             return
-        common = Counter(read_metric(group[0], self.metric) for group in dropped).most_common(3)
-        listed = ", ".join(f"{count} at {value:g}" for value, count in common)
+        common = Counter(value for group in dropped for value in self._values(group)).most_common(3)
+        listed = ", ".join(f"{count} at {value:g}" for value, count in common) or "none of them could be scored"
         raise ValueError(
             f"{gen_batches} generation batches (algorithm.filter_groups.max_num_gen_batches) filled {kept} of the "
             f"{needed} prompts of a step: for {len(dropped)} of {len(dropped) + kept} prompts all responses had the "
@@ -55,6 +58,9 @@ class GroupFilter:
             "the highest, or raise actor_rollout_ref.rollout.n, data.gen_batch_size or max_num_gen_batches (0 is no "
             "limit)"
         )
+
+    def _values(self, group: Group) -> set[float]:
+        return {read_metric(sample, self.metric) for sample in group if not sample.reward_info.get(FAILED_KEY)}
 
 
 def read_metric(sample: Sample, metric: str) -> float:

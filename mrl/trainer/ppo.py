@@ -16,7 +16,7 @@ from mrl.observability.trackers import TrackerList
 from mrl.rollout.batch import build_batch
 from mrl.trainer.advantages import AdvantageStage
 from mrl.trainer.checkpoint import Checkpointer, LoopState
-from mrl.trainer.collection import SampleCollector
+from mrl.trainer.collection import SampleCollector, zero_variance_fraction
 from mrl.trainer.correction import CorrectionStage
 from mrl.trainer.phases import PhaseSwitch
 from mrl.trainer.reward_model import RewardModelStage
@@ -146,9 +146,9 @@ class PPOTrainer:
         with self._timer("step"):
             samples, metrics = self.collector.collect(self._timer)
             self.phases.to_training()
-            samples = self._add_model_scores(samples)
+            samples, score_metrics = self._add_model_scores(samples)
             self.sample_writer.write(samples, step=step)
-            metrics |= summarize_samples(samples)
+            metrics |= summarize_samples(samples) | score_metrics
 
             batch = build_batch(samples, pad_token_id=self.pad_token_id)
             batch = self._compute_log_probs(batch)
@@ -166,11 +166,17 @@ class PPOTrainer:
             metrics |= self.phases.to_rollout()
         return metrics | self._timer.take() | {"memory/peak_gib": peak_memory_gib()}
 
-    def _add_model_scores(self, samples: list[Sample]) -> list[Sample]:
+    def _add_model_scores(self, samples: list[Sample]) -> tuple[list[Sample], Metrics]:
         if self.reward_model is None:
-            return samples
+            return samples, {}
         with self._timer("reward_model"):
-            return self.reward_model.score(samples)
+            samples = self.reward_model.score(samples)
+        n = self.collector.n_samples_per_prompt
+        if n == 1:
+            return samples, {}
+        # What was counted when the samples were collected did not know of the model's scores.
+        groups = [samples[first : first + n] for first in range(0, len(samples), n)]
+        return samples, {"rollout/zero_variance_fraction": zero_variance_fraction(groups)}
 
     def _compute_log_probs(self, batch: TrainBatch) -> TrainBatch:
         batch = batch.with_fields(old_log_probs=self._old_log_probs(batch))

@@ -11,7 +11,7 @@ from pathlib import Path
 from mrl.types import Sample
 
 
-def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[str, float]:
+def summarize_samples(samples: Sequence[Sample]) -> dict[str, float]:
     """Means over samples: reward and its named parts, lengths, share cut at the length limit, weight version."""
     count = len(samples)
     rewards = [sample.reward for sample in samples if sample.reward is not None]
@@ -32,7 +32,7 @@ def summarize_samples(samples: Sequence[Sample], *, prefix: str = "") -> dict[st
     for part in sorted({key for sample in samples for key in sample.reward_info}):
         values = [sample.reward_info[part] for sample in samples if part in sample.reward_info]
         metrics[f"reward/{part.removeprefix('reward/')}"] = sum(values) / len(values)
-    return {prefix + key: value for key, value in metrics.items()}
+    return metrics
 
 
 class SampleWriter:

@@ -142,6 +142,25 @@ def test_too_many_generation_batches_end_the_run_with_what_was_found():
     assert len(collector.rollout.calls) == 3
 
 
+def test_a_response_that_could_not_be_scored_makes_no_difference():
+    prompt = Prompt(uid="p", token_ids=[1], messages=[], data_source="s")
+
+    def group(*outcomes):
+        whole = Sample(prompt=prompt, generation=generation([1]))
+        return [
+            replace(whole, reward=0.0, reward_info={"failed": 1.0})
+            if outcome is None
+            else replace(whole, reward=outcome, reward_info={"failed": 0.0, "pass_rate": outcome})
+            for outcome in outcomes
+        ]
+
+    alike, different, lost = group(1.0, None, 1.0), group(1.0, None, 0.5), group(None, None)
+    for metric in ("reward", "pass_rate"):
+        assert filtering(metric=metric).split([alike, different, lost]) == ([different], [alike, lost])
+    with pytest.raises(ValueError, match=r"the same pass_rate \(none of them could be scored\)"):
+        filtering(limit=1, metric="pass_rate").check_limit([lost], kept=0, needed=2, gen_batches=1)
+
+
 def test_the_last_generation_batch_that_is_allowed_may_fill_the_step():
     assert collect(make_collector(group_filter=filtering(limit=2)))[0] == [(0, 0), (0, 1), (3, 0), (3, 1)]
 
