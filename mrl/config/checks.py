@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from mrl.config.errors import ConfigError
 from mrl.config.section import Section
@@ -46,6 +47,14 @@ def positive_or_unset(section: Section, *names: str) -> None:
         value = getattr(section, name)
         if value < 1 and value != -1:
             raise ConfigError(f"{name} = {value} must be at least 1, or -1 to leave it open")
+
+
+def check_names(section: Section, name: str, known: Collection[str]) -> None:
+    """Raise ConfigError if a free-form field holds other names than the known ones."""
+    unknown = sorted(set(getattr(section, name)).difference(known))
+    if unknown:
+        listed = ", ".join(f"{name}.{each}" for each in unknown)
+        raise ConfigError(f"{listed}: not supported, known are {', '.join(known)}; drop it")
 
 
 def not_both(section: Section, per_gpu: str, deprecated: str) -> None:

@@ -5,10 +5,12 @@ Works on the list of assignments before anything is composed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
+from mrl.config.assignment import Assignment
 from mrl.config.errors import ConfigError
 from mrl.config.keys import suggest_keys
+from mrl.config.superfluous import drop_superfluous
 
 ROLES = {"actor_rollout_ref.actor": "actor_rollout_ref.model", "critic": "critic.model"}
 """Each trained role's section, and where its model's settings are."""
@@ -20,6 +22,12 @@ ALIASES = {
     "critic.model.fsdp_config.param_offload": "critic.megatron.param_offload",
     "critic.model.fsdp_config.optimizer_offload": "critic.megatron.optimizer_offload",
     "actor_rollout_ref.actor.router_replay.mode": "actor_rollout_ref.actor.megatron.router_replay.mode",
+    "actor_rollout_ref.rollout.expert_parallel_size": "actor_rollout_ref.rollout.engine_kwargs.sglang.ep_size",
+    **{f"{role}.optim.lr_decay_steps": f"{role}.optim.total_training_steps" for role in ROLES},
+    **{
+        f"{role}.optim.override_optimizer_config.optimizer_cpu_offload": f"{role}.megatron.optimizer_offload"
+        for role in ROLES
+    },
     "global_profiler.steps": "trainer.profile_steps",
     "actor_rollout_ref.actor.profiler.ranks": "trainer.profile_ranks",
     "custom_reward_function.path": "reward.custom_reward_function.path",
@@ -48,16 +56,13 @@ ADVICE = {
     "critic.grad_clip": "set critic.optim.clip_grad",
     "actor_rollout_ref.actor.optim.warmup_style": "set actor_rollout_ref.actor.optim.lr_decay_style",
     "critic.optim.warmup_style": "set critic.optim.lr_decay_style",
-    "actor_rollout_ref.actor.data_loader_seed": "set trainer.seed",
+    "actor_rollout_ref.actor.data_loader_seed": "set actor_rollout_ref.actor.megatron.seed",
     "critic.enable": "drop it: a critic is built where algorithm.adv_estimator needs one, as gae does",
     "actor_rollout_ref.actor.tis_imp_ratio_cap": (
         "set algorithm.rollout_correction.rollout_is=token and algorithm.rollout_correction.rollout_is_threshold"
     ),
     "critic.kl_ctrl.kl_coef": "set algorithm.kl_ctrl.kl_coef",
     "actor_rollout_ref.rollout.do_sample": "set actor_rollout_ref.rollout.temperature",
-    "actor_rollout_ref.rollout.val_kwargs.do_sample": (
-        "set actor_rollout_ref.rollout.val_kwargs.temperature (0 is greedy)"
-    ),
     "actor_rollout_ref.model.enable_gradient_checkpointing": (
         "set actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity, _method and "
         "_num_layers; on the command line the key is translated to them"
@@ -102,9 +107,7 @@ ADVICE = {
         f"{role}.checkpoint.{key}": advice
         for role in ROLES
         for key, advice in {
-            "strict": "drop it: exported weights are always complete, with names and shapes checked",
             "save_lora_only": "drop it: there are no LoRA adapters, all parameters are trained and saved",
-            "mbridge_config": "drop it: no bridge is used, the export needs no settings",
         }.items()
     },
     "global_profiler.save_path": "drop it: traces are written to the folder profile in trainer.default_local_dir",
@@ -119,6 +122,32 @@ ADVICE = {
         f"trainer.{key}": "drop it: start the command under nsys yourself; phases are NVTX ranges"
         for key in ("controller_nsight_options", "worker_nsight_options")
     },
+    **{
+        f"{model}.{name}": "drop it: there are no LoRA adapters, all parameters are trained"
+        for model in ROLES.values()
+        for name in ("lora", "lora_rank")
+    },
+    **{
+        f"{model}.mtp": "drop it: models are trained and served without multi-token prediction"
+        for model in ROLES.values()
+    },
+    **{f"{section}.megatron.use_megatron_fsdp": "set it to False" for section in (*ROLES, "actor_rollout_ref.ref")},
+    **{f"{role}.engine": f"set the same under {role}.megatron" for role in ROLES},
+    "model_engine": "set it to megatron, the only training backend",
+    "distillation": "drop it: there is no distillation from a teacher",
+    "data.image_key": "drop it: models are of text only",
+    "actor_rollout_ref.rollout.enable_chunked_prefill": (
+        "set actor_rollout_ref.rollout.engine_kwargs.sglang.chunked_prefill_size=-1"
+    ),
+    "actor_rollout_ref.rollout.enable_prefix_caching": (
+        "set actor_rollout_ref.rollout.engine_kwargs.sglang.disable_radix_cache=True"
+    ),
+    "actor_rollout_ref.rollout.skip_tokenizer_init": "drop it: engines take and give tokens",
+    "actor_rollout_ref.rollout.quantization": "drop it: engines compute in the actor's type",
+    **{
+        f"{section}.rollout": "drop it: a reward model runs on Megatron; a judge that generates is reward.judge"
+        for section in ("reward_model", "reward.reward_model")
+    },
     "data.tokenizer": "set actor_rollout_ref.model.tokenizer_path",
     "algorithm.filter_groups.max_inflight_gen_batches": (
         "drop it: generation batches of data.gen_batch_size prompts run one after the other"
@@ -126,16 +155,14 @@ ADVICE = {
 }
 """Keys that verl has or had and that are refused, with what to do instead."""
 
+_LENGTHS = ("lr_warmup_steps", "lr_decay_steps", "total_training_steps")
+_VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
+_ZEROS = ("0", "0.0", "0.")
 _FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
 _NO_RECOMPUTE = {"recompute_granularity": "null", "recompute_method": "null", "recompute_num_layers": "null"}
 
 
-@dataclass(kw_only=True, frozen=True)
-class Assignment:
-    """One `key=value` of the command line; the value is still text."""
-
-    key: str
-    value: str
+_Pass = Callable[[list[Assignment]], tuple[list[Assignment], list[str]]]
 
 
 def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
@@ -144,9 +171,19 @@ def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str
     Raises:
         ConfigError: an old and a new spelling of the same key are set to different values.
     """
-    assignments, offload_notes = _translate_aliases(assignments)
-    assignments, recompute_notes = _translate_recompute(assignments)
-    return assignments, offload_notes + recompute_notes
+    passes: tuple[_Pass, ...] = (
+        drop_superfluous,
+        _drop_profilers_that_are_off,
+        _translate_null,
+        _translate_do_sample,
+        _translate_aliases,
+        _translate_recompute,
+    )
+    notes: list[str] = []
+    for translate_some in passes:
+        assignments, more = translate_some(assignments)
+        notes += more
+    return assignments, notes
 
 
 def explain_unknown(key: str) -> str:
@@ -167,6 +204,40 @@ def _advice(key: str) -> str | None:
             return ADVICE[key]
         key = key.rpartition(".")[0]
     return None
+
+
+def _drop_profilers_that_are_off(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    """Where verl's roles say that none is profiled, its steps are no wish for traces."""
+    switches = [item for item in assignments if item.key.endswith(".profiler.enable")]
+    if not switches or any(item.value.lower() != "false" for item in switches):
+        return assignments, []
+    off = [item for item in assignments if item.key.startswith("global_profiler.") or ".profiler." in item.key]
+    listed = ", ".join(f"{item.key}={item.value}" for item in off)
+    return [item for item in assignments if item not in off], [f"no role is profiled, so nothing is: {listed}"]
+
+
+def _translate_null(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    """verl's null for a length that follows from others is -1 here."""
+    keys = {f"{role}.optim.{name}" for role in ROLES for name in _LENGTHS}
+    return [
+        Assignment(key=item.key, value="-1") if item.key in keys and item.value.lower() == "null" else item
+        for item in assignments
+    ], []
+
+
+def _translate_do_sample(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+    """Greedy validation is temperature 0; ConfigError where switch and temperature contradict each other."""
+    values = {item.key: item.value for item in assignments}
+    switch, temperature = f"{_VALIDATION}.do_sample", f"{_VALIDATION}.temperature"
+    if switch not in values:
+        return assignments, []
+    samples, given = values[switch].lower() == "true", values.get(temperature)
+    if given is not None and samples == (given in _ZEROS):
+        raise ConfigError(f"{switch}={values[switch]} contradicts {temperature}={given}; keep only {temperature}")
+    assignments = [item for item in assignments if item.key != switch]
+    if samples:
+        return assignments, [f"{switch}={values[switch]} needs no setting here: {temperature} decides"]
+    return [*assignments, Assignment(key=temperature, value="0")], [f"{switch}={values[switch]} -> {temperature}=0"]
 
 
 def _translate_aliases(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:

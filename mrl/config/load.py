@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mrl.config.assignment import Assignment
 from mrl.config.build import config_from_dict, config_to_dict, require_known
-from mrl.config.compat import Assignment, translate
+from mrl.config.compat import translate
 from mrl.config.errors import ConfigError
 from mrl.config.inert import find_inert_settings
 from mrl.config.keys import find_leaf, is_section_path

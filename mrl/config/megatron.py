@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mrl.config.checks import at_least
+from mrl.config.checks import at_least, check_names
 from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict, freeze
 from mrl.config.section import Section
@@ -45,7 +45,8 @@ class MegatronConfig(Section):
     use_remove_padding: bool = True
     """Run a micro-batch's samples end to end instead of padded to the longest; the model's unless set."""
     param_offload: bool = False
-    """Keep parameters in host memory while the role is not used."""
+    """Keep parameters in host memory while the role is not used. Of an actor, whose parameters engines read in place,
+    only the gradients go."""
     seed: int = 42
     """Seed of dropout and of weights that no checkpoint holds, such as the value head."""
     dtype: Dtype = "bfloat16"
@@ -55,7 +56,8 @@ class MegatronConfig(Section):
     dist_checkpointing_path: str | None = None
     """Folder that `mrl convert hf2megatron` wrote, or a checkpoint of a run, of any layout."""
     override_transformer_config: Mapping[str, Any] = field(default_factory=lambda: FrozenDict(TRANSFORMER_DEFAULTS))
-    """Fields for Megatron's TransformerConfig, activation recompute among them."""
+    """Of Megatron's TransformerConfig `recompute_granularity`, `recompute_method`, `recompute_num_layers` and
+    `recompute_modules`; the rest follows from the model and the device."""
 
     def check(self) -> None:
         at_least(
@@ -78,6 +80,7 @@ class MegatronConfig(Section):
                 "use_dist_checkpointing = True needs dist_checkpointing_path, the folder of a checkpoint; "
                 "`mrl convert hf2megatron` writes one"
             )
+        check_names(self, "override_transformer_config", TRANSFORMER_DEFAULTS)
         _check_recompute(self.override_transformer_config)
 
 
@@ -92,7 +95,11 @@ class TrainableMegatronConfig(MegatronConfig):
     use_distributed_optimizer: bool = True
     """Split the optimizer's state over data-parallel ranks."""
     override_ddp_config: Mapping[str, Any] = field(default_factory=FrozenDict)
-    """Fields for Megatron's DistributedDataParallelConfig."""
+    """Of Megatron's DistributedDataParallelConfig `overlap_grad_reduce`, `overlap_param_gather` and `bucket_size`."""
+
+    def check(self) -> None:
+        super().check()
+        check_names(self, "override_ddp_config", ("overlap_grad_reduce", "overlap_param_gather", "bucket_size"))
 
 
 @dataclass(kw_only=True, frozen=True)

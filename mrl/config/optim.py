@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mrl.config.checks import at_least, more_than, positive_or_unset, within
+from mrl.config.checks import at_least, check_names, more_than, positive_or_unset, within
 from mrl.config.errors import ConfigError
 from mrl.config.frozen import FrozenDict
 from mrl.config.section import Section
@@ -38,7 +38,7 @@ class OptimConfig(Section):
     clip_grad: float = 1.0
     """Gradients are scaled down to this global norm; 0 is off."""
     override_optimizer_config: Mapping[str, Any] = field(default_factory=FrozenDict)
-    """Fields for Megatron's OptimizerConfig."""
+    """Of Megatron's OptimizerConfig `adam_eps`; the others have keys of their own."""
 
     def check(self) -> None:
         more_than(self, 0, "lr")
@@ -46,6 +46,7 @@ class OptimConfig(Section):
         at_least(self, -1, "lr_warmup_steps")
         within(self, 0, 1, "lr_warmup_steps_ratio")
         positive_or_unset(self, "total_training_steps")
+        check_names(self, "override_optimizer_config", ("adam_eps",))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas = {list(self.betas)} must lie in [0, 1)")
         for name in ("min_lr", "lr_warmup_init"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from mrl.config.checks import at_least, more_than
@@ -62,8 +63,9 @@ class TrainerConfig(Section):
     """Folder of the run's outputs; checkpoints/<project_name>/<experiment_name> unless set."""
     default_hdfs_dir: str | None = None
     """Accepted for compatibility; nothing is copied to HDFS."""
-    logger: tuple[Literal["console", "tensorboard", "file"], ...] = ("console", "tensorboard", "file")
-    """Where metrics go; file is metrics.jsonl in `default_local_dir`."""
+    logger: tuple[Literal["console", "tensorboard", "wandb", "file"], ...] = ("console", "tensorboard", "file")
+    """Where metrics go; file is metrics.jsonl in `default_local_dir`, which is always written. wandb is a package of
+    its own (`pip install wandb`)."""
     log_val_generations: int = 0
     """Validation samples to log in each round."""
     rollout_data_dir: str | None = None
@@ -133,6 +135,8 @@ class TrainerConfig(Section):
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "threads_per_rank")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations", "max_restarts")
+        if "wandb" in self.logger and find_spec("wandb") is None:
+            raise ConfigError("logger names wandb, which is not installed: pip install wandb, or leave it out")
         self._check_phase_timeouts()
         self._check_profile()
         more_than(self, 0, "engine_start_timeout_s", "engine_call_timeout_s", "phase_timeout_s", "reshard_timeout_s")

@@ -1,12 +1,13 @@
-"""Where the metrics of a run go: a JSON-lines file, tensorboard, the console."""
+"""Where the metrics of a run go: a JSON-lines file, tensorboard, Weights & Biases, the console."""
 
 from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -53,6 +54,39 @@ class TensorboardTracker:
         self._writer.close()
 
 
+class WandbTracker:
+    """A run on Weights & Biases; a run that goes on from a checkpoint goes on there, too.
+
+    Raises:
+        wandb.Error: nobody is logged in, or the service does not answer; WANDB_MODE=offline needs neither.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, project: str, experiment: str, settings: Mapping[str, Any], goes_on: bool
+    ) -> None:
+        # Not at file top: it is optional, and takes a second.
+        import wandb
+
+        identity = run_dir / "wandb_id"
+        if not (goes_on and identity.is_file()):
+            identity.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project,
+            name=experiment,
+            config=dict(settings),
+            dir=str(run_dir),
+            id=identity.read_text(),
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class TrackerList:
     """Hands every call to each of its trackers; empty on ranks that do not log."""
 
@@ -68,18 +102,35 @@ class TrackerList:
             tracker.close()
 
 
-def build_trackers(names: Sequence[str], *, run_dir: Path, total_steps: int) -> TrackerList:
-    """The JSON-lines tracker, always, and those named: "console", "tensorboard" ("file" is the JSON-lines one).
+def build_trackers(
+    names: Sequence[str],
+    *,
+    run_dir: Path,
+    total_steps: int,
+    project: str = "",
+    experiment: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> TrackerList:
+    """The JSON-lines tracker, always, and those named: "console", "tensorboard", "wandb" ("file" is the first one).
+
+    Args:
+        settings: the run's configuration, for the trackers that keep it.
 
     Raises:
         ValueError: a name that is none of these.
     """
-    trackers: list[Tracker] = [JsonLinesTracker(run_dir / "metrics.jsonl")]
+    history = run_dir / "metrics.jsonl"
+    goes_on = history.is_file() and history.stat().st_size > 0
+    trackers: list[Tracker] = [JsonLinesTracker(history)]
     for name in dict.fromkeys(names):
         if name == "console":
             trackers.append(ConsoleTracker(total_steps=total_steps))
         elif name == "tensorboard":
             trackers.append(TensorboardTracker(run_dir / "tensorboard"))
+        elif name == "wandb":
+            trackers.append(
+                WandbTracker(run_dir, project=project, experiment=experiment, settings=settings or {}, goes_on=goes_on)
+            )
         elif name != "file":
-            raise ValueError(f"trainer.logger names {name!r}; known are console, tensorboard and file")
+            raise ValueError(f"trainer.logger names {name!r}; known are console, tensorboard, wandb and file")
     return TrackerList(trackers)

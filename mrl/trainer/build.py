@@ -14,6 +14,7 @@ from mrl.backends.megatron.engine import MegatronEngine
 from mrl.backends.megatron.setup import RoleSetup, build_engine
 from mrl.backends.sglang.engine import SGLangEngine
 from mrl.backends.sglang.follower import EngineFollower
+from mrl.config.build import config_to_dict
 from mrl.config.schema import PPOConfig
 from mrl.interfaces import USER_ERRORS, Rollout
 from mrl.launch.cores import take_share
@@ -344,7 +345,14 @@ class _Builder:
     def _trackers(self) -> TrackerList:
         if self._env.rank != 0:
             return TrackerList([])
-        logger = self._config.trainer.logger
-        trackers = build_trackers(logger, run_dir=self._plan.run_dir, total_steps=self._total_steps)
+        trainer = self._config.trainer
+        trackers = build_trackers(
+            trainer.logger,
+            run_dir=self._plan.run_dir,
+            total_steps=self._total_steps,
+            project=trainer.project_name,
+            experiment=trainer.experiment_name,
+            settings=config_to_dict(self._config),
+        )
         self._stack.callback(trackers.close)
         return trackers

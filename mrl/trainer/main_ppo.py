@@ -18,11 +18,12 @@ def main(argv: Sequence[str]) -> int:
     """Train as configured. Exit status: 0 done, 1 failed, 2 bad configuration, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="main_ppo", description="PPO with Megatron-core and SGLang")
     parser.add_argument("--config-name", default="ppo_megatron_trainer", help="file of configs/ to start from")
+    parser.add_argument("--config-path", choices=("config", "./config"), help="verl's; there is one folder, configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see docs/config.md")
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(rank=0)
     try:
-        config = load_config(arguments.overrides, arguments.config_name)
+        config = load_config(arguments.overrides, arguments.config_name.removesuffix(".yaml"))
     except ConfigError as error:
         logger.error("%s", error)
         return 2

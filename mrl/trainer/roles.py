@@ -117,7 +117,7 @@ def optimizer_settings(optim: OptimConfig, length: TrainingLength) -> OptimizerS
         lr_decay_style=optim.lr_decay_style,
         lr_decay_steps=None if is_constant else decay_steps * length.updates_per_step,
         min_lr=optim.min_lr,
-        **optim.override_optimizer_config,
+        eps=optim.override_optimizer_config.get("adam_eps", OptimizerSettings.eps),
     )
 
 
@@ -134,12 +134,6 @@ def _offload(kind: str, megatron: MegatronConfig) -> OffloadSettings:
 
 
 def _recompute(megatron: MegatronConfig) -> Recompute:
-    overrides = dict(megatron.override_transformer_config)
-    known = {name: overrides.pop(f"recompute_{name}", None) for name in ("granularity", "method", "num_layers")}
-    modules = tuple(overrides.pop("recompute_modules", None) or ("core_attn",))
-    if overrides:
-        raise ValueError(
-            f"override_transformer_config.{next(iter(overrides))} is not supported; known are recompute_granularity, "
-            "recompute_method, recompute_num_layers and recompute_modules"
-        )
-    return Recompute(**known, modules=modules)
+    overrides = megatron.override_transformer_config
+    known = {name: overrides.get(f"recompute_{name}") for name in ("granularity", "method", "num_layers")}
+    return Recompute(**known, modules=tuple(overrides.get("recompute_modules") or ("core_attn",)))

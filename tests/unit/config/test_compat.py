@@ -4,10 +4,11 @@ import logging
 
 import pytest
 
+from mrl.config.assignment import Assignment
 from mrl.config.batch import check_mini_batch, resolve_micro_batch_size
-from mrl.config.compat import ALIASES, Assignment, translate
+from mrl.config.compat import ALIASES, translate
 from mrl.config.errors import ConfigError
-from mrl.config.keys import flatten, leaf_keys
+from mrl.config.keys import find_leaf, flatten, leaf_keys
 from mrl.config.load import load_config
 
 RECOMPUTE = "megatron.override_transformer_config.recompute"
@@ -42,8 +43,54 @@ def test_all_mapped_keys_share_one_logged_line():
 
 
 def test_every_alias_leads_to_a_key_that_exists():
-    assert set(ALIASES.values()) <= set(leaf_keys())
+    assert all(find_leaf(target) for target in ALIASES.values())
     assert not set(ALIASES) & set(leaf_keys())
+
+
+def test_engines_experts_are_dealt_out_by_verls_key():
+    config = load_config(["actor_rollout_ref.rollout.expert_parallel_size=2"])
+    assert config.actor_rollout_ref.rollout.engine_kwargs.sglang == {"ep_size": 2}
+
+
+@pytest.mark.parametrize("name", ["lr_warmup_steps", "lr_decay_steps", "total_training_steps"])
+def test_a_length_of_the_schedule_that_follows_from_others_may_be_null(name):
+    optim = load_config([f"critic.optim.{name}=null"]).critic.optim
+    assert (optim.lr_warmup_steps, optim.total_training_steps) == (-1, -1)
+
+
+def test_the_decay_may_end_under_megatrons_name():
+    assert load_config(["critic.optim.lr_decay_steps=7"]).critic.optim.total_training_steps == 7
+
+
+VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "temperature"),
+    [
+        (["do_sample=False"], 0.0),
+        (["do_sample=False", "temperature=0"], 0.0),
+        (["do_sample=True", "temperature=0.6"], 0.6),
+    ],
+)
+def test_do_sample_agrees_with_the_temperature_of_validation(overrides, temperature):
+    config = load_config([f"{VALIDATION}.{text}" for text in overrides])
+    assert config.actor_rollout_ref.rollout.val_kwargs.temperature == temperature
+
+
+@pytest.mark.parametrize(("do_sample", "temperature"), [("True", 0), ("False", 0.6)])
+def test_do_sample_that_contradicts_the_temperature_is_refused(do_sample, temperature):
+    with pytest.raises(ConfigError, match=rf"do_sample={do_sample} contradicts .*temperature={temperature}; keep only"):
+        load_config([f"{VALIDATION}.do_sample={do_sample}", f"{VALIDATION}.temperature={temperature}"])
+
+
+def test_nothing_is_traced_where_verls_roles_are_not_profiled(caplog):
+    off = ["global_profiler.steps=[1]", "actor_rollout_ref.actor.profiler.enable=False", "critic.profiler.enable=False"]
+    with caplog.at_level(logging.INFO, logger="mrl.config"):
+        assert load_config(off).trainer.profile_steps is None
+    assert "no role is profiled, so nothing is: global_profiler.steps=[1], " in caplog.text
+    with pytest.raises(ConfigError, match=r"profiler\.enable: set trainer\.profile_steps"):
+        load_config([*off[:2], "critic.profiler.enable=True"])
 
 
 def test_router_replay_is_found_where_older_commands_put_it():

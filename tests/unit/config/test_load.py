@@ -167,7 +167,8 @@ def test_defaults_follow_the_keys_they_are_tied_to():
         ("trainer.n_gpu", "trainer.n_gpus_per_node"),
         ("kl_coef", "algorithm.kl_ctrl.kl_coef"),
         ("actor_rollout_ref.actor.grad_clip", "actor_rollout_ref.actor.optim.clip_grad"),
-        ("actor_rollout_ref.rollout.val_kwargs.do_sample", "actor_rollout_ref.rollout.val_kwargs.temperature"),
+        ("actor_rollout_ref.rollout.enable_prefix_caching", "engine_kwargs.sglang.disable_radix_cache=True"),
+        ("critic.model.lora.rank", "all parameters are trained"),
         ("actor_rollout_ref.actor.strategy", "Megatron is the only training backend"),
     ],
 )
@@ -207,7 +208,7 @@ def test_plus_signs_neither_refuse_known_keys_nor_admit_unknown_ones(prefix):
         ("trainer.nnodes=True", r"trainer\.nnodes = True must be an integer"),
         ("data.shuffle=1", r"data\.shuffle = 1 must be True or False"),
         ("actor_rollout_ref.actor.optim.betas=[0.9]", r"actor\.optim\.betas = .* must be a list of a number, a number"),
-        ("trainer.logger=[console,wandb]", r"trainer\.logger\[1\] = 'wandb' must be one of 'console', 'tensorboard'"),
+        ("trainer.logger=[console,mlflow]", r"trainer\.logger\[1\] = 'mlflow' must be one of 'console', 'tensorboard'"),
         ("actor_rollout_ref.rollout.name=vllm", r"rollout\.name = 'vllm' must be one of 'sglang'"),
         ("algorithm.adv_estimator=grop", r"algorithm\.adv_estimator = 'grop' must be one of 'gae'"),
         ("algorithm.kl_penalty=k4", r"algorithm\.kl_penalty = 'k4' must be one of 'kl', 'k1'"),

@@ -30,8 +30,28 @@ def test_tensorboard_events_hold_the_scalars(tmp_path):
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'wandb'; known are console, tensorboard and file"):
-        build_trackers(["wandb"], run_dir=tmp_path, total_steps=1)
+    with pytest.raises(ValueError, match="'mlflow'; known are console, tensorboard, wandb and file"):
+        build_trackers(["mlflow"], run_dir=tmp_path, total_steps=1)
+
+
+def test_weights_and_biases_gets_metrics_and_settings_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def log(step):
+        about = {"project": "p", "experiment": "e", "settings": {"data": {"train_batch_size": 8}}}
+        trackers = build_trackers(["wandb"], run_dir=tmp_path, total_steps=2, **about)
+        trackers.log({"reward/mean": 0.5}, step=step)
+        trackers.close()
+        return (tmp_path / "wandb_id").read_text()
+
+    first, resumed = log(1), log(2)
+    assert first == resumed
+    (tmp_path / "metrics.jsonl").unlink()
+    assert log(1) != first
+    written = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+    assert written.count(b"reward/mean") >= 3
+    assert b"train_batch_size" in written
 
 
 def test_the_step_line_leaves_out_absent_metrics():

@@ -21,6 +21,12 @@ def own_logging() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def test_a_command_of_verls_is_understood_up_to_its_keys(capsys):
+    arguments = ["--config-path=config", "--config-name=ppo_megatron_trainer.yaml", "trainer.nnodes=0"]
+    assert main(arguments) == 2
+    assert "trainer.nnodes = 0 must be at least 1" in " ".join(capsys.readouterr().out.split())
+
+
 def test_keys_may_stand_before_and_after_the_configurations_name(capsys):
     # As a batch script has it, which puts a key first and what it is given behind.
     arguments = ["trainer.nnodes=2", "--config-name=demo", "trainer.launcher=local"]
