@@ -26,10 +26,10 @@ class BareMegatron:
         layout = ParallelLayout(world_size=dist.get_world_size())
         self._state = RoleState()
         with self._state:
-            self._groups = build_groups(layout, seed=0)
+            self._groups = build_groups(layout, seed=0, timeout_s=1800)
             config = transformer_config(spec, layout, dtype=dtype, recompute=Recompute())
             config = replace(config, bias_dropout_fusion=device.type == "cuda")
-            (chunk,) = build_chunks(spec, layout, config, self._groups, is_critic=False, device=device)
+            (chunk,) = build_chunks(spec, layout, config, self._groups, has_value_head=False, device=device)
             load_weights(model, spec, chunk.named_parameters(), tp_rank=0, tp_size=1)
             self._module = DistributedDataParallel(
                 config,

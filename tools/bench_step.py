@@ -108,16 +108,16 @@ def train(config: PPOConfig, *, compare: bool) -> list[float]:
 
     The ranks are those of the local launcher, forked here.
     """
-    run._prepare_process()
+    run.prepare_process()
     plan = plan_run(config)
     inputs = load_inputs(config, plan)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    run._announce(config, plan)
+    run.announce(config, plan)
     if plan.device == "cpu":
-        run._preload()
+        run.preload()
 
     def rank_main(env: RankEnvironment) -> list[float]:
-        run._preload()
+        run.preload()
         # Imported in the rank: they bring Megatron and SGLang, and with them CUDA.
         from step_rollout import generate_alone
 

@@ -99,7 +99,7 @@ class TrainerConfig(Section):
     engine_start_timeout_s: float = 600.0
     """Longest start of a rollout engine, in seconds."""
     engine_call_timeout_s: float = 1800.0
-    """Longest single call to a rollout engine, in seconds."""
+    """Longest single call to a rollout engine, in seconds; while it generates, longest time between two responses."""
     reshard_timeout_s: float = 600.0
     """Longest exchange of weights between hosts in one update, in seconds; at most `engine_call_timeout_s`."""
     phase_timeout_s: float = 3600.0

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local model folder; one without a padding token pads with its end-of-sequence token.
 
     Raises:
@@ -27,7 +27,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         # AutoTokenizer makes an empty tokenizer of such a folder, which drops every character.
         raise ValueError(f"{path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy its files there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ValueError(f"cannot load the tokenizer of {path}: {type(error).__name__}: {error}") from error
     if tokenizer.eos_token_id is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 import warnings
 from contextlib import nullcontext
@@ -34,10 +35,12 @@ from mrl.trainer.run_folder import claim_run_folder
 
 logger = logging.getLogger(__name__)
 
+_OPEN_FILES = 1 << 16
+
 
 def launch(config: PPOConfig) -> int:
     """Train as configured and return the exit status."""
-    _prepare_process()
+    prepare_process()
     trainer = config.trainer
     try:
         refuse_wrong_apex()
@@ -79,15 +82,24 @@ def _refuse_restarts(max_restarts: int) -> None:
         )
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     # Megatron relies on one hardware queue to start communication before the matmul it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _allow_open_files()
     # Its thread, which only redraws stalled bars, would be in the way of forks.
     tqdm.monitor_interval = 0
     # The engines' own remarks, once per rank, on things that no user of this package can change.
     for package in ("megatron", "sglang", "torchao", "transformers", "torch"):
         warnings.filterwarnings("ignore", module=rf"{package}\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
+
+
+def _allow_open_files() -> None:
+    """As many as the hard limit permits: a rank of a large job takes hundreds for its groups' connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _launch_host(config: PPOConfig, job: Job) -> int:
@@ -117,11 +129,11 @@ def _prepare_host(config: PPOConfig, job: Job) -> RankMain:
     plan = _plan_here(config)
     inputs = load_inputs(config, plan)
     if job.ranks[0].rank == 0:
-        _announce(config, plan)
+        announce(config, plan)
     logger.info("importing Megatron and SGLang, then forking %d ranks", len(job.ranks))
     if plan.device == "cpu":
         # Not with GPUs: the imports create a CUDA context, which no forked process could use.
-        _preload()
+        preload()
     return partial(_run_rank, config, plan, inputs)
 
 
@@ -138,7 +150,7 @@ def _launch_rank(config: PPOConfig, env: RankEnvironment) -> int:
     plan = _plan_here(config)
     inputs = load_inputs(config, plan)
     if env.rank == 0:
-        _announce(config, plan)
+        announce(config, plan)
     _run_rank(config, plan, inputs, env)
     if env.rank == 0:
         show_table("Result", summarize_run(plan.run_dir))
@@ -150,7 +162,7 @@ def _run_rank(config: PPOConfig, plan: RunPlan, inputs: RunInputs, env: RankEnvi
         _refuse_inherited_cuda()
         # Before the imports: what they do with CUDA then happens on the rank's own GPU.
         torch.cuda.set_device(env.local_rank)
-    _preload()
+    preload()
     from mrl.trainer.build import run_rank
 
     run_rank(config, plan, inputs, env)
@@ -167,7 +179,7 @@ def _refuse_inherited_cuda() -> None:
 
 
 @cache
-def _preload() -> None:
+def preload() -> None:
     """Import everything a rank needs. Megatron first: SGLang's imports pull it in unprepared for a CPU."""
     from mrl.backends.megatron.preload import preload_megatron
 
@@ -177,7 +189,7 @@ def _preload() -> None:
     preload_sglang()
 
 
-def _announce(config: PPOConfig, plan: RunPlan) -> None:
+def announce(config: PPOConfig, plan: RunPlan) -> None:
     """Show what will run and make its folder; what an earlier run wrote there is kept."""
     show_table("PPO", plan.rows())
     show_table(plan.memory_title, plan.memory.rows())

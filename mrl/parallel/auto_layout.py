@@ -23,23 +23,18 @@ class BytesPerParameter:
     """Distributed optimizer: data-parallel ranks share main copies and moments out among themselves."""
 
     @classmethod
-    def of(
-        cls, *, weight: int, trained: bool, distributed_optimizer: bool = True, optimizer_on_host: bool = False
-    ) -> BytesPerParameter:
+    def of(cls, *, weight: int, trained: bool, distributed_optimizer: bool = True) -> BytesPerParameter:
         """For Adam with float32 gradients and moments, and a float32 main copy beside weights of lower precision.
 
         Args:
             weight: bytes of a weight: 4 for float32, 2 for bfloat16.
             trained: False for a reference model, which has weights only.
             distributed_optimizer: whether the optimizer state is sharded over data-parallel ranks.
-            optimizer_on_host: whether Adam runs on the CPU and its state stays there. Offload between phases does not
-                count: the state is back when the optimizer steps.
         """
         if not trained:
             return cls(weight=weight)
         main_copy = 0 if weight == 4 else 4
-        state = 0 if optimizer_on_host else main_copy + 8
-        return cls(weight=weight, gradient=4, optimizer=state, optimizer_is_sharded=distributed_optimizer)
+        return cls(weight=weight, gradient=4, optimizer=main_copy + 8, optimizer_is_sharded=distributed_optimizer)
 
     def total(self, dp: int) -> float:
         """Bytes of one parameter on one of `dp` data-parallel ranks."""

@@ -57,24 +57,6 @@ def vocab_parallel_log_probs(
     return _VocabParallel.apply(logits, targets, columns, temperature, False, inplace_backward)[0]
 
 
-def vocab_parallel_entropy(
-    logits: Tensor,
-    *,
-    tp_group: dist.ProcessGroup | None,
-    vocab_size: int,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """Entropy, in nats, of softmax(logits / temperature): [b, t] or [N] float32.
-
-    Arguments and errors as in `vocab_parallel_log_probs`.
-    """
-    targets = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-    columns = _Columns.of(logits, tp_group, vocab_size)
-    _check(logits, targets, temperature, inplace_backward)
-    return _VocabParallel.apply(logits, targets, columns, temperature, True, inplace_backward)[1]
-
-
 def vocab_parallel_log_probs_and_entropy(
     logits: Tensor,
     targets: Tensor,

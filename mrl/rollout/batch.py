@@ -17,8 +17,8 @@ class Decoder(Protocol):
     def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
-def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int = 1) -> TrainBatch:
-    """Samples as a batch: prompt, response, padding up to the longest sample, rounded up to `multiple` tokens.
+def build_batch(samples: Sequence[Sample], *, pad_token_id: int) -> TrainBatch:
+    """Samples as a batch: prompt, response, padding up to the longest sample.
 
     `loss_mask` is True on response tokens that the model wrote; `rollout_log_probs` holds the engine's log-prob of each
     of them at the same position, 0 elsewhere.
@@ -32,7 +32,7 @@ def build_batch(samples: Sequence[Sample], *, pad_token_id: int, multiple: int =
         _check(sample)
     prompts = [len(sample.prompt.token_ids) for sample in samples]
     lengths = [prompt + len(sample.generation.response_ids) for prompt, sample in zip(prompts, samples, strict=True)]
-    shape = len(samples), -(-max(lengths) // multiple) * multiple
+    shape = len(samples), max(lengths)
     batch = TrainBatch(
         tokens=torch.full(shape, pad_token_id),
         lengths=torch.tensor(lengths),

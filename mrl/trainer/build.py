@@ -143,6 +143,7 @@ class _Builder:
             roles=roles.present(),
             engine_tags=engine_tags(config, plan),
             device=self._device_memory,
+            holds_engine=self._env.rank < plan.num_engines * plan.rollout_tp,
             timer=self._timer,
         )
         reward_model = self._reward_model(roles)

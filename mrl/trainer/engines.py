@@ -24,9 +24,6 @@ from mrl.trainer.plan import RunPlan
 
 logger = logging.getLogger(__name__)
 
-_BEYOND_PHASES_S = 120.0
-"""How much longer a collective may take than the longest phase: the watchdog knows more about what is missing."""
-
 
 def start_rank(
     config: PPOConfig, plan: RunPlan, env: RankEnvironment, watchdog: Watchdog
@@ -74,8 +71,7 @@ def _join(plan: RunPlan, env: RankEnvironment, watchdog: Watchdog) -> None:
     backend = "gloo"
     if plan.device == "cuda":
         backend = "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=watchdog.deadlines.longest_s + _BEYOND_PHASES_S)
-    init_process_group(env, backend=backend, timeout=timeout)
+    init_process_group(env, backend=backend, timeout=timedelta(seconds=watchdog.deadlines.collective_s))
     watchdog.start()
 
 

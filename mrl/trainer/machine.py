@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -32,7 +33,7 @@ class Machine:
 def find_machine(requested: str) -> Machine:
     """This host, with the requested device; see `choose_device`."""
     device = choose_device(requested)
-    host_bytes = psutil.virtual_memory().total
+    host_bytes = min(psutil.virtual_memory().total, *memory_limits())
     if device == "cpu":
         return Machine(device=device, host_bytes=host_bytes)
     import pynvml
@@ -40,6 +41,21 @@ def find_machine(requested: str) -> Machine:
     pynvml.nvmlInit()
     memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
     return Machine(device=device, host_bytes=host_bytes, gpu_bytes=int(memory.total))
+
+
+def memory_limits(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Of this process's control groups and all around them, in bytes: what SLURM's --mem or a container grants."""
+    limits = []
+    for line in process.read_text().splitlines() if process.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = top / path.lstrip("/")
+        files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(top)]
+        texts = [file.read_text().strip() for file in files if file.is_file()]
+        limits += [int(text) for text in texts if text != "max"]
+    return limits
 
 
 def choose_device(requested: str) -> Device:

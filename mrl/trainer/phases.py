@@ -58,12 +58,14 @@ class PhaseSwitch:
     """Empty where engines keep their memory: on CPU, or with rollout.free_cache_engine=False."""
     device: DeviceMemory | None = None
     """None where there is no device."""
+    holds_engine: bool = True
+    """Whether an engine has memory on this rank's device."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     """Takes the phases `switch` and `reshard`."""
 
     def __post_init__(self) -> None:
         self._engines_are_resident = not self.engine_tags
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, int] = {} if self.holds_engine else dict.fromkeys(self.engine_tags, 0)
         """The most that an engine took for a tag on this rank's device when it resumed it, in bytes."""
         self._metrics: Metrics = {}
 

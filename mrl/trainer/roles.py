@@ -14,6 +14,7 @@ from mrl.config.optim import OptimConfig
 from mrl.config.schema import PPOConfig
 from mrl.trainer.plan import RunPlan
 from mrl.trainer.role_plan import RolePlan
+from mrl.trainer.settings import phase_deadlines
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -99,6 +100,7 @@ def _setup(
         data_parallel=data_parallel or DataParallelSettings(),
         recompute=_recompute(megatron),
         offload=_offload(kind, megatron),
+        timeout_s=phase_deadlines(config).collective_s,
     )
 
 

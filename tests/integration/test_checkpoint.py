@@ -241,16 +241,52 @@ def test_layers_with_states_of_their_own_load_what_others_wrote(models, tmp_path
     assert run_on_ranks(run, 2) == [True, True]
 
 
-def test_optimizer_state_is_gathered_in_pieces(monkeypatch) -> None:
-    def run() -> list[Tensor]:
-        monkeypatch.setattr(state_gather, "PIECE_ELEMENTS", 3)
-        outputs = [torch.zeros(10) for _ in range(3)]
-        with state_gather.gathered_on_host([], torch.device("cpu")):
-            dist.all_gather(outputs, torch.arange(10.0) + 100 * dist.get_rank(), dist.group.WORLD)
-        return outputs
+def test_ranges_of_the_optimizers_state_are_gathered_in_pieces(monkeypatch) -> None:
+    # A buffer of 44 elements, of which the bucket has those from 4 onwards: 10 of 4 ranks each, the last 3 padding.
+    wanted = {0: [(0, 5), (30, 41)], 1: [], 2: [(5, 30)], 3: [(41, 44)]}
 
-    for outputs in run_on_ranks(run, 3):
-        assert all(torch.equal(output, torch.arange(10.0) + 100 * rank) for rank, output in enumerate(outputs))
+    def run() -> Tensor:
+        monkeypatch.setattr(state_gather, "PIECE_ELEMENTS", 3)
+        rank, target = dist.get_rank(), torch.zeros(41)
+        mine = torch.arange(10.0) + 10 * rank + 4
+        state_gather.gather_ranges(target, mine, wanted[rank], 4, dist.group.WORLD, device=torch.device("cpu"))
+        return target
+
+    for rank, target in enumerate(run_on_ranks(run, 4)):
+        places = torch.arange(41)
+        mine = sum(((places >= low) & (places < high) for low, high in wanted[rank]), torch.zeros(41, dtype=torch.bool))
+        assert torch.equal(target, torch.where(mine & (places >= 4), places.float(), 0.0))
+
+
+def test_parameters_are_shared_out_by_size() -> None:
+    assert state_gather.share_out([8, 2, 2, 3, 5], 2) == [0, 1, 1, 1, 1]
+    assert state_gather.share_out([1, 1, 1], 4) == [0, 1, 2]
+    assert state_gather.share_out([3, 4], 1) == [0, 0]
+
+
+def test_each_rank_holds_its_share_of_the_optimizers_state(models, tmp_path, monkeypatch, caplog) -> None:
+    def run() -> tuple[int, list[int], str]:
+        engine = engine_of(models["qwen2"], "actor", {}, distributed=True)
+        held = 0
+        original = state_gather._owned_entries
+
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal held
+            entries = original(*args, **options)
+            held += sum(tensor.data.numel() for tensors in entries.values() for tensor in tensors.values())
+            return entries
+
+        monkeypatch.setattr(state_gather, "_owned_entries", counted)
+        save(engine, new_folder(tmp_path / "saved"))
+        return held, [parameter.numel() for _, parameter in engine.named_parameters()], caplog.text
+
+    counts = run_on_ranks(run, 2)
+    sizes = counts[0][1]
+    # Each parameter and its two moments.
+    assert sum(held for held, _, _ in counts) == 3 * sum(sizes)
+    assert all(held <= 3 * (sum(sizes) / 2 + max(sizes)) for held, _, _ in counts)
+    # Megatron finds nothing in which the ranks disagree.
+    assert not any("differs" in text for _, _, text in counts)
 
 
 def checkpointer_of(engine: MegatronEngine, model: str, root: Path) -> Checkpointer:

@@ -387,6 +387,28 @@ def test_a_call_past_its_deadline_is_an_error(model_folder):
     assert seconds < 30
 
 
+def test_a_long_generation_in_which_responses_come_is_no_late_call(model_folder):
+    def job():
+        trained = jobs.TrainedEngine(model_folder, tp_size=1)
+        trained.engine.generate(jobs.PROMPTS, jobs.sampling(4))
+        trained.engine._supervisor._call_timeout_s = 2.0
+        waiting = [(number, jobs.PROMPTS[0]) for number in range(400)]
+
+        def take(count):
+            taken, waiting[:] = waiting[:count], waiting[count:]
+            return taken
+
+        begin = time.monotonic()
+        answers = trained.engine.generate_from(take, jobs.sampling(8), window=1)
+        seconds = time.monotonic() - begin
+        trained.engine.shutdown()
+        return len(answers), seconds
+
+    count, seconds = jobs.in_own_process(job)
+    assert count == 400
+    assert seconds > 2.5, "too fast to say anything"
+
+
 @pytest.mark.parametrize("tp_sizes", [{0: 2}, {0: 1, 1: 1}], ids=["one tp2", "two tp1"])
 def test_every_rank_gets_the_samples_of_all_engines(model_folder, tp_sizes):
     prompts = [

@@ -7,6 +7,7 @@ may all differ when they are loaded, the optimizer's state included.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from mrl.backends.megatron.checkpoint_write import HostBuffer, PlanOnly, StagedCheckpoint
+from mrl.backends.megatron.optimizer import chained_optimizers
 from mrl.backends.megatron.role_state import device_rng_state, set_device_rng_state
-from mrl.backends.megatron.state_gather import gathered_on_host
+from mrl.backends.megatron.state_gather import state_shared_out
 
 if TYPE_CHECKING:
     from mrl.backends.megatron.engine import EngineParts, TrainingParts
@@ -115,12 +117,12 @@ def _sharded_models(parts: EngineParts) -> dict[str, Any]:
 
 def _sharded_state(parts: EngineParts, *, is_loading: bool) -> dict[str, Any]:
     training, models = _training(parts), _sharded_models(parts)
-    for inner in _inner_optimizers(training):
+    for inner in chained_optimizers(training.optimizer):
         # A role that has made no step yet, as in the critic's warm-up, has no moments: they are zero.
         inner.init_state_fn(inner.optimizer, inner.config)
     by_parameter = models if len(models) > 1 else {"model": models["model0"]}
-    distributed = [each for each in _inner_optimizers(training) if isinstance(each, DistributedOptimizer)]
-    with gathered_on_host(distributed, parts.device):
+    distributed = [each for each in chained_optimizers(training.optimizer) if isinstance(each, DistributedOptimizer)]
+    with nullcontext() if is_loading else state_shared_out(distributed, parts.device):
         optimizer = training.optimizer.sharded_state_dict(
             by_parameter, is_loading=is_loading, metadata=_metadata(parts)
         )
@@ -134,7 +136,7 @@ def _metadata(parts: EngineParts) -> dict[str, Any]:
 
 def _live_storages(parts: EngineParts) -> set[int]:
     """Addresses of the memory that training changes in place: what a checkpoint must not refer to."""
-    inner = [each.optimizer for each in _inner_optimizers(_training(parts))]
+    inner = [each.optimizer for each in chained_optimizers(_training(parts).optimizer)]
     tensors = chain(
         (tensor for chunk in parts.chunks for tensor in chain(chunk.bare.parameters(), chunk.bare.buffers())),
         (
@@ -149,18 +151,13 @@ def _live_storages(parts: EngineParts) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _inner_optimizers(training: TrainingParts) -> list[Any]:
-    """One, and another one for a model's experts, whose replicas are others."""
-    return list(getattr(training.optimizer, "chained_optimizers", [training.optimizer]))
-
-
 def _optimizer_state(training: TrainingParts, loaded: dict[Any, Any], step: int) -> dict[Any, Any]:
     """What the optimizer takes of a loaded state: its tensors. All but the number of steps made is as configured.
 
     A model's experts have an optimizer of their own in some layouts only: what else the checkpoint says of optimizers
     may be of one where there are two now, or of two where there is one.
     """
-    inner = _inner_optimizers(training)
+    inner = chained_optimizers(training.optimizer)
     if len(inner) == 1:
         return _inner_state(inner[0], {key: value for key, value in loaded.items() if not isinstance(key, int)}, step)
     return {number: _inner_state(each, loaded[number], step) for number, each in enumerate(inner)}

@@ -68,7 +68,7 @@ class EngineParts:
     training: TrainingParts | None
     spec: ModelSpec
     temperature: float
-    is_critic: bool
+    has_value_head: bool
     packed: bool
     """Samples of a micro-batch run end to end instead of padded to the longest."""
     device: torch.device
@@ -104,12 +104,12 @@ class MegatronEngine:
 
         Entry 0 and entries past a sample's length are 0.
         """
-        assert not self._parts.is_critic, "a critic has no log-probs"
+        assert not self._parts.has_value_head, "a model with a value head has no log-probs"
         return self._forward(batch, "log_probs", limit)
 
     def compute_values(self, batch: TrainBatch, *, limit: MicroBatchLimit) -> Tensor:
         """Value before each token. [B, T] float32 on the CPU, on every rank; zeros as in `compute_log_probs`."""
-        assert self._parts.is_critic, "only a critic has values"
+        assert self._parts.has_value_head, "only a model with a value head has values"
         return self._forward(batch, "values", limit)
 
     def update(
@@ -174,7 +174,7 @@ class MegatronEngine:
 
         Those that are not written in the background are in their files already.
         """
-        assert not self._parts.is_critic, "a value head has no place in a Hugging Face causal model"
+        assert not self._parts.has_value_head, "a value head has no place in a Hugging Face causal model"
         with self._parts.state:
             self._gather_parameters()
             return stage_hf_weights(self._parts, folder, in_background=in_background)
@@ -225,7 +225,7 @@ class MegatronEngine:
 
     def _outputs(self, output: Tensor, item: MicroBatch, *, with_entropy: bool = False) -> dict[str, Tensor]:
         parts = self._parts
-        if parts.is_critic:
+        if parts.has_value_head:
             return value_output(output, item.inputs, cp_group=parts.groups.cp)
         return log_prob_output(
             output,

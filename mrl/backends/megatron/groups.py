@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -10,7 +12,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from mrl.parallel.layout import ParallelLayout
 
 
-def build_groups(layout: ParallelLayout, *, seed: int) -> ProcessGroupCollection:
+def build_groups(layout: ParallelLayout, *, seed: int, timeout_s: float) -> ProcessGroupCollection:
     """The role's groups, and its random states seeded. Called by all ranks, inside the role's state.
 
     Ranks count tp fastest, then cp, dp, pp, as in `ParallelLayout.coordinates`; for experts etp fastest, then ep.
@@ -22,6 +24,7 @@ def build_groups(layout: ParallelLayout, *, seed: int) -> ProcessGroupCollection
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
         # Megatron wants gloo twins of NCCL groups for one legacy checkpoint format only.
         create_gloo_process_groups=False,
     )

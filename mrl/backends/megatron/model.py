@@ -181,7 +181,7 @@ def build_chunks(
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     *,
-    is_critic: bool,
+    has_value_head: bool,
     device: torch.device,
 ) -> list[ModelChunk]:
     """This rank's chunks, one per virtual stage, with uninitialised weights. Called by all ranks of the role."""
@@ -190,7 +190,7 @@ def build_chunks(
     chunks = []
     experts = layout.experts_of(spec.moe.num_experts, groups.ep.rank()) if spec.moe else range(0)
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
-        bare = _build_gpt(spec, layout, config, groups, vp_stage, is_critic=is_critic).to(device)
+        bare = _build_gpt(spec, layout, config, groups, vp_stage, has_value_head=has_value_head).to(device)
         layers = layout.layers_of(spec.num_hidden_layers, groups.pp.rank(), vp_stage)
         _check_layer_numbers(bare, layers)
         module = Float16Module(config, bare) if config.bf16 else bare
@@ -205,7 +205,7 @@ def _build_gpt(
     groups: ProcessGroupCollection,
     vp_stage: int | None,
     *,
-    is_critic: bool,
+    has_value_head: bool,
 ) -> GPTModel:
     pp_rank, last_vp_stage = groups.pp.rank(), (layout.vpp or 1) - 1
     num_layers = len(layout.layers_of(spec.num_hidden_layers, pp_rank, vp_stage))
@@ -216,7 +216,7 @@ def _build_gpt(
         max_sequence_length=spec.max_position_embeddings,
         pre_process=pp_rank == 0 and not vp_stage,
         post_process=pp_rank == layout.pp - 1 and (vp_stage or 0) == last_vp_stage,
-        share_embeddings_and_output_weights=spec.tie_word_embeddings and not is_critic,
+        share_embeddings_and_output_weights=spec.tie_word_embeddings and not has_value_head,
         position_embedding_type="rope",
         rotary_base=spec.rope_theta,
         vp_stage=vp_stage,
@@ -227,7 +227,7 @@ def _build_gpt(
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, spec.rope_scaling)
     if not _use_transformer_engine():
         model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb)
-    if is_critic and model.post_process:
+    if has_value_head and model.post_process:
         model.output_layer = ValueHead(config, groups.tp)
     return model
 

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mrl.backends.host_copies import Copier, HostCopies
+from mrl.backends.megatron.optimizer import chained_optimizers
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -116,7 +117,7 @@ class RoleOffload:
         """Moments and main copies. A float32 role's optimizer steps the model's parameters themselves: those stay."""
         device = self._parameters[0].device
         model = {parameter.untyped_storage()._cdata for parameter in self._parameters}
-        for inner in _inner_optimizers(self._optimizer):
+        for inner in (each.optimizer for each in chained_optimizers(self._optimizer) if each.optimizer is not None):
             tensors = chain(
                 (value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)),
                 (parameter for group in inner.param_groups for parameter in group["params"]),
@@ -124,8 +125,3 @@ class RoleOffload:
             yield from (
                 item for item in tensors if item.device == device and item.untyped_storage()._cdata not in model
             )
-
-
-def _inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [each.optimizer for each in chained if each.optimizer is not None]

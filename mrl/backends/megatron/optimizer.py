@@ -68,6 +68,11 @@ class DataParallelSettings:
             raise ValueError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
 
 
+def chained_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers of a role: one, and another one for a model's experts, whose replicas are others."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def wrap_data_parallel(
     chunks: Sequence[ModelChunk], settings: DataParallelSettings, groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:

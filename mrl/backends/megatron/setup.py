@@ -62,6 +62,8 @@ class RoleSetup:
     router_replay: bool = False
     """Send tokens to the experts that a batch names, instead of the router's own choice."""
     value_head_std: float = 0.02
+    timeout_s: float = 1800.0
+    """Longest wait for other ranks in a collective."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -91,12 +93,12 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
     if setup.layout.world_size != dist.get_world_size():
         raise ValueError(f"layout {setup.layout} is for {setup.layout.world_size} ranks, not {dist.get_world_size()}")
     device, dtype = torch.device(setup.device), _DTYPES[setup.dtype]
-    is_critic = setup.kind in ("critic", "reward_model")
+    has_value_head = setup.kind in ("critic", "reward_model")
     state = RoleState()
     with state:
-        groups = build_groups(setup.layout, seed=setup.seed)
+        groups = build_groups(setup.layout, seed=setup.seed, timeout_s=setup.timeout_s)
         config = transformer_config(setup.spec, setup.layout, dtype=dtype, recompute=setup.recompute)
-        chunks = build_chunks(setup.spec, setup.layout, config, groups, is_critic=is_critic, device=device)
+        chunks = build_chunks(setup.spec, setup.layout, config, groups, has_value_head=has_value_head, device=device)
         gather_results(lambda: _load(setup, chunks, groups))
         if setup.optimizer is None or not setup.data_parallel.use_distributed_optimizer:
             for chunk in chunks:
@@ -119,7 +121,7 @@ def build_engine(setup: RoleSetup) -> MegatronEngine:
             training=training,
             spec=setup.spec,
             temperature=setup.temperature,
-            is_critic=is_critic,
+            has_value_head=has_value_head,
             packed=setup.packed,
             device=device,
             offload=setup.offload,

@@ -245,7 +245,7 @@ class SGLangEngine:
     ) -> dict[int, Generation]:
         """What `work` puts into `outputs` as it comes; what is there when the engine dies goes with the error."""
         try:
-            self._call(work, "generate")
+            self._supervisor.call(work, "generate", progress=lambda: f"{len(outputs)} responses are complete")
         except EngineDiedError as error:
             error.finished = _generations_of(outputs, params)
             raise

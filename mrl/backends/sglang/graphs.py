@@ -44,7 +44,7 @@ def check_put_off() -> None:
         )
 
 
-def wait() -> bool:
+def is_waiting() -> bool:
     """Whether graphs are missing, or were captured before parameters moved."""
     return _state.is_waiting
 
@@ -72,7 +72,7 @@ def capture() -> float:
     return float(runner.graph_mem_usage)
 
 
-def agree(skip: bool) -> bool:
+def any_rank_skips(skip: bool) -> bool:
     """Whether any rank of the engine skips a capture for lack of memory. Called by all of tp_group.
 
     At the engine's start all have as much; beside a trainer they may not, and one alone would capture collectives.

@@ -29,9 +29,9 @@ CHECKER = "sglang.srt.model_executor.model_runner.ModelRunner.check_weights"
 _GRAPHS = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
 PREFILL_GRAPH, DECODE_GRAPH = f"{_GRAPHS}.capture_prefill_graph", f"{_GRAPHS}.capture_decode_graph"
 PREFILL_MEMORY = f"{_GRAPHS}.should_skip_auto_prefill_cuda_graph_for_memory"
-UPDATE = (
-    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_tensor"
-)
+_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+UPDATE = f"{_MANAGER}.update_weights_from_tensor"
+MEMORY = [f"{_MANAGER}.{change}_memory_occupation" for change in ("release", "resume")]
 
 _REFUSAL = (
     "parameters of this engine are the trainer's memory, which only the trainer may write; "
@@ -51,6 +51,8 @@ def register() -> None:
     HookRegistry.register(CAPTURE_OUTPUT, keep_what_was_captured, HookType.AROUND)
     HookRegistry.register(LOADER, report_every_rank, HookType.AROUND)
     HookRegistry.register(UPDATE, fail_instead_of_assert, HookType.AROUND)
+    for target in MEMORY:
+        HookRegistry.register(target, answer_when_all_ranks_are_done, HookType.AROUND)
     for target in OTHER_LOADERS:
         HookRegistry.register(target, refuse_trainers_memory, HookType.AROUND)
     HookRegistry.register(CHECKER, refuse_reset, HookType.AROUND)
@@ -119,6 +121,14 @@ def _load(original: Callable[..., tuple[bool, str]], updater: Any, *, load_forma
     return original(updater, load_format=load_format, **kwargs)
 
 
+def answer_when_all_ranks_are_done(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """Change what the engine holds; its first rank answers when all have done so, each on a device of its own."""
+    output = original(manager, *args, **kwargs)
+    torch.get_device_module().synchronize()
+    dist.barrier(manager.tp_cpu_group)
+    return output
+
+
 def refuse_trainers_memory(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Load weights unless parameters are the trainer's memory."""
     if aliasing.bound():
@@ -151,7 +161,7 @@ def put_off_decode_graph(original: Callable[..., Any], *, model_runner: Any) -> 
 
 def skip_together(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
     """Skip prefill's graphs for lack of memory where any rank of the engine has to."""
-    return graphs.agree(original(*args, **kwargs))
+    return graphs.any_rank_skips(original(*args, **kwargs))
 
 
 def fail_instead_of_assert(original: Callable[..., Any], manager: Any, request: Any) -> Any:

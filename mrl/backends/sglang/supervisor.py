@@ -114,8 +114,17 @@ class EngineSupervisor:
         started.children.unlink_files()
         return started.scheduler_info
 
-    def call(self, work: Coroutine[Any, Any, Any], what: str, timeout_s: float | None = None) -> Any:
+    def call(
+        self,
+        work: Coroutine[Any, Any, Any],
+        what: str,
+        timeout_s: float | None = None,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Any:
         """Run `work` on the engine's event loop and return its result.
+
+        Args:
+            progress: whatever changes as the work goes on; with every change the time begins anew.
 
         Raises:
             EngineDiedError: the engine is dead, dies, or takes longer than `timeout_s`; other calls then fail, too.
@@ -127,7 +136,7 @@ class EngineSupervisor:
             raise
         started.children.mark()
         limit = self._call_timeout_s if timeout_s is None else timeout_s
-        return started.engine.loop.run_until_complete(self._supervise(started, work, what, limit))
+        return started.engine.loop.run_until_complete(self._supervise(started, work, what, limit, progress))
 
     def stop(self) -> None:
         """Kill and reap the engine's processes; other children of this process are left alone. Idempotent."""
@@ -164,10 +173,15 @@ class EngineSupervisor:
         return started
 
     async def _supervise(
-        self, started: StartedEngine, work: Coroutine[Any, Any, Any], what: str, timeout_s: float
+        self,
+        started: StartedEngine,
+        work: Coroutine[Any, Any, Any],
+        what: str,
+        timeout_s: float,
+        progress: Callable[[], object],
     ) -> Any:
         task = asyncio.ensure_future(work)
-        deadline = time.monotonic() + timeout_s
+        begin, seen = time.monotonic(), progress()
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=_POLL_S)
@@ -175,8 +189,11 @@ class EngineSupervisor:
                     break
                 if dead := started.children.dead():
                     self._failure = started.children.explain(f"engine died during {what} ({'; '.join(dead)})")
-                elif time.monotonic() > deadline:
-                    self._failure = started.children.explain(f"{what} took longer than {timeout_s:.0f} s")
+                elif (now := progress()) != seen:
+                    begin, seen = time.monotonic(), now
+                elif time.monotonic() - begin > timeout_s:
+                    more = "" if seen is None else f", and nothing came in between: {seen}"
+                    self._failure = started.children.explain(f"{what} took longer than {timeout_s:.0f} s{more}")
                 if self._failure:
                     raise EngineDiedError(self._failure)
         finally:

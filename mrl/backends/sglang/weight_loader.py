@@ -105,7 +105,7 @@ def _pull(model: nn.Module, control: Mapping[str, Any]) -> None:
         seconds=result.seconds,
         checksum=result.pull.checksum,
         peer_sums=result.pull.sums.to_json(),
-        graphs_wait=graphs.wait(),
+        graphs_wait=graphs.is_waiting(),
     )
 
 

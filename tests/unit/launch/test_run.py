@@ -57,7 +57,7 @@ from mrl.trainer.inputs import load_inputs
 from mrl.trainer.machine import Machine
 from mrl.trainer.plan import plan_run
 config = load_config([f"trainer.default_local_dir={folder}", "trainer.n_gpus_per_node=1", *sys.argv[2:]], "demo")
-run._prepare_process()
+run.prepare_process()
 plan = plan_run(config, machine=Machine(device="cuda", host_bytes=2**40, gpu_bytes=2**37))
 load_inputs(config, plan)
 assert not {"torchao", "transformers.modeling_utils", "megatron", "sglang"} & sys.modules.keys()

@@ -72,7 +72,6 @@ def test_bytes_per_parameter_of_the_usual_settings() -> None:
     assert TRAINED_BF16.total(dp=1) == 18
     assert TRAINED_BF16.total(dp=4) == 6 + 12 / 4
     assert BytesPerParameter.of(weight=4, trained=True, distributed_optimizer=False).total(dp=4) == 16
-    assert BytesPerParameter.of(weight=2, trained=True, optimizer_on_host=True).total(dp=1) == 6
     assert BytesPerParameter.of(weight=2, trained=False).total(dp=8) == 2
 
 

@@ -16,7 +16,6 @@ from mrl.launch.fork import run_ranks
 from mrl.launch.rendezvous import init_process_group
 from mrl.ops import vocab_reference
 from mrl.parallel.vocab_parallel import (
-    vocab_parallel_entropy,
     vocab_parallel_log_probs,
     vocab_parallel_log_probs_and_entropy,
 )
@@ -123,8 +122,9 @@ def test_hand_worked_case() -> None:
     odds = torch.tensor([1.0, 2.0, 5.0])
     logits = (2 * odds.log()).expand(1, 3, 3)
     targets = torch.tensor([[0, 1, 2]])
-    log_probs = vocab_parallel_log_probs(logits, targets, tp_group=None, vocab_size=3, temperature=2.0)
-    entropy = vocab_parallel_entropy(logits, tp_group=None, vocab_size=3, temperature=2.0)
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+        logits, targets, tp_group=None, vocab_size=3, temperature=2.0
+    )
     expected = [math.log(1 / 8), math.log(1 / 4), math.log(5 / 8)]
     assert log_probs[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert entropy[0, 0].item() == pytest.approx(-sum(p * math.log(p) for p in (1 / 8, 1 / 4, 5 / 8)), abs=1e-6)
@@ -144,8 +144,9 @@ def test_gradients_equal_central_differences() -> None:
     for first, second in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
 
         def total(leaf: torch.Tensor, first: float = first, second: float = second) -> torch.Tensor:
-            log_probs = vocab_parallel_log_probs(leaf, targets, tp_group=None, vocab_size=5, temperature=0.8)
-            entropy = vocab_parallel_entropy(leaf, tp_group=None, vocab_size=5, temperature=0.8)
+            log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+                leaf, targets, tp_group=None, vocab_size=5, temperature=0.8
+            )
             return (first * weights[0] * log_probs + second * weights[1] * entropy).sum()
 
         leaf = logits.clone().requires_grad_()

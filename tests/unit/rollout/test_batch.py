@@ -23,12 +23,6 @@ def test_batch_of_a_hand_worked_case():
     assert batch.rollout_log_probs.dtype == torch.float32
 
 
-def test_width_is_rounded_up_with_padding():
-    batch = build_batch([sample([5, 6], [7])], pad_token_id=9, multiple=4)
-    assert batch.tokens.tolist() == [[5, 6, 7, 9]]
-    assert batch.loss_mask.sum() == 1
-
-
 def test_other_samples_change_nothing_but_the_padding():
     alone = build_batch([sample([5, 6], [7, 8])], pad_token_id=0)
     beside = build_batch([sample([5, 6], [7, 8]), sample([1] * 9, [3] * 9)], pad_token_id=0)

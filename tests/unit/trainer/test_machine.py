@@ -6,7 +6,32 @@ import pytest
 import torch
 
 from mrl.trainer import machine
-from mrl.trainer.machine import check_gpus
+from mrl.trainer.machine import check_gpus, memory_limits
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/", {"memory.max": "1000\n"}, [1000]),
+        ("0::/", {"memory.max": "max\n"}, []),
+        ("0::/", {}, []),
+        ("0::/slurm/job_1/step", {"slurm/job_1/memory.max": "500", "slurm/memory.max": "max"}, [500]),
+        ("0::/a/b", {"a/b/memory.max": "700", "a/memory.max": "600"}, [700, 600]),
+        (
+            "12:cpu,cpuacct:/x\n9:memory:/slurm/job_1",
+            {"memory/slurm/job_1/memory.limit_in_bytes": "300", "memory/memory.limit_in_bytes": "9223372036854771712"},
+            [300, 9223372036854771712],
+        ),
+    ],
+)
+def test_what_control_groups_grant_is_known(tmp_path, groups, files, limits):
+    process, root = tmp_path / "cgroup", tmp_path / "fs"
+    process.write_text(groups + "\n")
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert memory_limits(root, process) == limits
+    assert memory_limits(root, tmp_path / "gone") == []
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,9 @@ class Ledger:
         self.take("state", 30 * GIB)
 
 
-def switch(ledger, tags, device=True):
+def switch(ledger, tags, device=True, **settings):
     roles = [ledger] if not device else [ledger, ledger]
-    return PhaseSwitch(rollout=ledger, roles=roles, engine_tags=tags, device=ledger if device else None)
+    return PhaseSwitch(rollout=ledger, roles=roles, engine_tags=tags, device=ledger if device else None, **settings)
 
 
 CAREFULLY = [
@@ -101,6 +101,12 @@ def test_weights_come_during_the_offload_once_their_size_is_known_and_they_fit()
     ledger.train()
     ledger.calls.clear()
     phases.to_rollout()
+    assert ledger.calls == OVERLAPPED
+
+
+def test_ranks_without_an_engine_do_not_keep_the_others_from_overlapping():
+    ledger = Ledger()
+    switch(ledger, ENGINE_TAGS, holds_engine=False).to_rollout()
     assert ledger.calls == OVERLAPPED
 
 
