@@ -138,28 +138,11 @@ class _Builder:
         rollout = self._in_conversations(self._rollout(part, roles.actor))
         scorer = self._scorer()
         checkpointer = self._checkpointer(roles)
-        phases = PhaseSwitch(
-            rollout=rollout,
-            roles=roles.present(),
-            engine_tags=engine_tags(config, plan),
-            device=self._device_memory,
-            holds_engine=self._env.rank < plan.num_engines * plan.rollout_tp,
-            timer=self._timer,
-        )
+        phases = self._phases(roles, rollout)
         reward_model = self._reward_model(roles)
         trainer = PPOTrainer(
             settings=loop_settings(config, self._total_steps),
-            collector=SampleCollector(
-                prompts=inputs.prompts,
-                rollout=rollout,
-                scorer=scorer,
-                sampling=train_sampling(config, inputs.eos_token_ids),
-                n_samples_per_prompt=config.actor_rollout_ref.rollout.n,
-                n_prompts=config.data.train_batch_size,
-                group_filter=group_filter(config),
-                overlong_penalty=overlong_penalty(config),
-                baseline_sampling=baseline_sampling(config, inputs.eos_token_ids),
-            ),
+            collector=self._collector(rollout, scorer),
             phases=phases,
             actor=ActorRole(engine=roles.actor, objective=policy_objective(config), schedule=plan.actor_schedule),
             critic=self._critic(roles),
@@ -183,6 +166,31 @@ class _Builder:
         if state is not None:
             trainer.resume(state)
         return trainer
+
+    def _phases(self, roles: _Roles, rollout: Rollout) -> PhaseSwitch:
+        plan = self._plan
+        return PhaseSwitch(
+            rollout=rollout,
+            roles=roles.present(),
+            engine_tags=engine_tags(self._config, plan),
+            device=self._device_memory,
+            holds_engine=self._env.rank < plan.num_engines * plan.rollout_tp,
+            timer=self._timer,
+        )
+
+    def _collector(self, rollout: Rollout, scorer: Scorer) -> SampleCollector:
+        config, inputs = self._config, self._inputs
+        return SampleCollector(
+            prompts=inputs.prompts,
+            rollout=rollout,
+            scorer=scorer,
+            sampling=train_sampling(config, inputs.eos_token_ids),
+            n_samples_per_prompt=config.actor_rollout_ref.rollout.n,
+            n_prompts=config.data.train_batch_size,
+            group_filter=group_filter(config),
+            overlong_penalty=overlong_penalty(config),
+            baseline_sampling=baseline_sampling(config, inputs.eos_token_ids),
+        )
 
     def _roles(self) -> _Roles:
         config, plan = self._config, self._plan

@@ -13,7 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -178,7 +179,10 @@ def start_engine(
     previous_quit = signal.getsignal(signal.SIGQUIT)
     try:
         with _trainer_environment({**environment, children.LOG_VARIABLE: str(processes.log_path)}) as restore:
-            engine = _construct(server_args, processes, timeout_s, restore, during_start)
+            start = _Start(
+                processes=processes, timeout_s=timeout_s, restore_environment=restore, during_start=during_start
+            )
+            engine = _construct(server_args, start)
     except BaseException as error:
         processes.stop()
         signal.signal(signal.SIGQUIT, previous_quit)
@@ -202,58 +206,70 @@ class _DuringStartError(Exception):
         self.error = error
 
 
-def _construct(
-    server_args: Mapping[str, Any],
-    processes: ChildProcesses,
-    timeout_s: float,
-    restore_environment: Callable[[], None],
-    during_start: Callable[[], None] | None,
-) -> Engine:
-    managers: list[Any] = []
+@dataclass(kw_only=True)
+class _Start:
+    """What SGLang's constructor needs of the one who starts an engine, and what is left of it if that fails."""
 
-    def prepare() -> None:
-        restore_environment()
-        if during_start is not None:
+    processes: ChildProcesses
+    timeout_s: float
+    restore_environment: Callable[[], None]
+    during_start: Callable[[], None] | None
+    managers: list[Any] = field(default_factory=list)
+    """Tokenizer managers that it has made."""
+
+    def prepare(self) -> None:
+        """While the children load."""
+        self.restore_environment()
+        if self.during_start is not None:
             try:
-                during_start()
+                self.during_start()
             except Exception as error:
                 raise _DuringStartError(error) from error
 
-    def start_tokenizer_manager(args: Any, ports: Any, *rest: Any) -> Any:
-        prepare()
+    def make_manager(self, args: Any, ports: Any, *rest: Any) -> Any:
+        """SGLang's tokenizer manager and templates."""
+        self.prepare()
         manager, templates = init_tokenizer_manager(args, ports, *rest)
-        managers.append(manager)
+        self.managers.append(manager)
         return manager, templates
 
+    def await_schedulers(self, args: Any, result: Any) -> None:
+        """In place of SGLang's own wait, which does not notice children that die."""
+        if args.node_rank > 0:
+            # The engine's other hosts start no tokenizer manager.
+            self.prepare()
+        result.scheduler_infos.extend(self.processes.wait_ready(self.timeout_s))
+
+
+def _engine_class(start: _Start) -> type[Engine]:
+    """SGLang's engine with children that are watched here. It calls its hooks on the class."""
+
     class OwnedEngine(Engine):
-        init_tokenizer_manager_func = staticmethod(start_tokenizer_manager)
+        init_tokenizer_manager_func = staticmethod(start.make_manager)
         run_scheduler_process_func = staticmethod(children.run_scheduler)
         run_detokenizer_process_func = staticmethod(children.run_detokenizer)
 
         @classmethod
         def _launch_scheduler_processes(cls, args: Any, ports: Any, *rest: Any, **kwargs: Any) -> Any:
-            processes.files += files_of(ports)
+            start.processes.files += files_of(ports)
             # SGLang's handler, just installed, kills this process when a child reports a failure by SIGQUIT.
             signal.signal(signal.SIGQUIT, note_child_failure)
             result, started = super()._launch_scheduler_processes(args, ports, *rest, **kwargs)
-
-            def wait_for_ready() -> None:
-                if args.node_rank > 0:
-                    # The engine's other hosts start no tokenizer manager.
-                    prepare()
-                result.scheduler_infos.extend(processes.wait_ready(timeout_s))
-
-            result.wait_for_ready = wait_for_ready
+            result.wait_for_ready = partial(start.await_schedulers, args, result)
             return result, started
 
         def shutdown(self) -> None:
             """Do nothing: SGLang's version kills every child of this process, the trainer's too."""
 
-    with _replaced(sglang_engine, mp=processes, configure_logger=lambda *args, **kwargs: None):
+    return OwnedEngine
+
+
+def _construct(server_args: Mapping[str, Any], start: _Start) -> Engine:
+    with _replaced(sglang_engine, mp=start.processes, configure_logger=lambda *args, **kwargs: None):
         try:
-            return OwnedEngine(**server_args)
+            return _engine_class(start)(**server_args)
         except BaseException:
-            for manager in managers:
+            for manager in start.managers:
                 close_sockets(manager.recv_from_detokenizer)
             raise
 
