@@ -127,6 +127,10 @@ def update_round(weight_version: int, redo: int) -> str:
     return f"{weight_version}.{redo}"
 
 
+TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
+"""Called with the number of free slots; returns at most that many (index, token ids), none when the queue is empty."""
+
+
 class RolloutEngine(Protocol):
     """One SGLang engine, used by the rank that owns it. Every call has a deadline.
 

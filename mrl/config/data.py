@@ -51,6 +51,11 @@ class DataConfig(Section):
     apply_chat_template_kwargs: Mapping[str, Any] = field(default_factory=FrozenDict)
     """Arguments for the tokenizer's chat template, such as `enable_thinking`."""
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self.max_prompt_length + self.max_response_length
+
     def check(self) -> None:
         at_least(self, 1, "max_prompt_length", "max_response_length", "train_batch_size", "gen_batch_size")
         at_least(self, 1, "val_batch_size")

@@ -245,7 +245,7 @@ class PPOConfig(Section):
 
     def _check_token_limits(self) -> None:
         shared, critic = self.actor_rollout_ref, self.critic
-        longest = self.data.max_prompt_length + self.data.max_response_length
+        longest = self.data.max_length
 
         def check(path: str, section: Section, key: str, cp: int) -> None:
             check_token_limit(f"{path}.{key}", getattr(section, key), longest=longest, cp=cp)

@@ -8,6 +8,7 @@ data-parallel replicas divide them.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ def plan_files(
     unnamed: list[ExportFile] = []
     for unit, owner in _owners(sorted(by_unit), spec, layout):
         tensors = tuple(by_unit[unit])
-        size = bytes_per_element * sum(_numel(shapes[tensor]) for tensor in tensors)
+        size = bytes_per_element * sum(math.prod(shapes[tensor]) for tensor in tensors)
         last = unnamed[-1] if unnamed else None
         if last and (last.pp_rank, last.dp_rank) == owner and last.num_bytes + size <= max_file_bytes:
             unnamed[-1] = replace(
@@ -132,10 +133,3 @@ def _owners(units: Sequence[int], spec: ModelSpec, layout: ParallelLayout) -> It
 def _file(owner: tuple[int, int], unit: int, tensors: tuple[str, ...], num_bytes: int) -> ExportFile:
     pp_rank, dp_rank = owner
     return ExportFile(name="", pp_rank=pp_rank, dp_rank=dp_rank, units=(unit,), tensors=tensors, num_bytes=num_bytes)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

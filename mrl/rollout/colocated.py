@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
-from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, WeightUpdateReport, update_round
+from mrl.interfaces import EngineDiedError, EngineError, RolloutEngine, TakePrompts, WeightUpdateReport, update_round
 from mrl.parallel.agreement import gather_results
 from mrl.reshard.errors import ReshardError
 from mrl.reshard.layout import SourceRank
@@ -30,7 +30,6 @@ from mrl.types import Generation, Prompt, Sample, SamplingParams
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
 
 
 class StreamingEngine(RolloutEngine, Protocol):

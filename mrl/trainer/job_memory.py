@@ -57,7 +57,7 @@ def plan_memory(
         tp=rollout.tensor_model_parallel_size,
         bytes_per_weight=_ITEM_SIZE[rollout.dtype],
         static_fraction=rollout.gpu_memory_utilization if on_gpu else None,
-        kv_tokens=rollout.max_num_seqs * (config.data.max_prompt_length + config.data.max_response_length),
+        kv_tokens=rollout.max_num_seqs * config.data.max_length,
         releases=on_gpu and rollout.free_cache_engine,
         crosses_hosts=trainer.nnodes > 1,
         aliased_bytes=_aliased_bytes(config, roles, num_engines) if rollout.alias_weights else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -44,7 +45,7 @@ class RoleRecord:
     @property
     def num_bytes(self) -> int:
         """Parameters and optimizer state, without what the file format adds."""
-        return _BYTES_PER_PARAMETER[self.dtype] * sum(_numel(tensor["shape"]) for tensor in self.tensors.values())
+        return _BYTES_PER_PARAMETER[self.dtype] * sum(math.prod(tensor["shape"]) for tensor in self.tensors.values())
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -242,13 +243,6 @@ def _damaged(path: Path, why: str) -> str:
 
 def _tensor(record: Mapping[str, Any] | None) -> str:
     return f"{record['shape']} {record['dtype']}" if record else "absent"
-
-
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _checksum(file: BinaryIO) -> str:

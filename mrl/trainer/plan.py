@@ -232,7 +232,7 @@ def _current(role: RolePlan, record: RoleRecord, tokenizer_path: Path) -> Curren
 
 
 def _check_lengths(config: PPOConfig, roles: Mapping[str, RolePlan]) -> None:
-    needed = config.data.max_prompt_length + config.data.max_response_length
+    needed = config.data.max_length
     for name, role in roles.items():
         limit = role.spec.max_position_embeddings
         if needed > limit:

@@ -29,13 +29,10 @@ from mrl.backends.sglang.parts import EnginePart
 from mrl.backends.sglang.requests import check_prompts, generation_of, pack_experts, sampling_dict
 from mrl.backends.sglang.status import check_own_pairs, report_of
 from mrl.backends.sglang.supervisor import EngineSupervisor
-from mrl.interfaces import EngineDiedError, EngineError, WeightUpdateReport, update_round
+from mrl.interfaces import EngineDiedError, EngineError, TakePrompts, WeightUpdateReport, update_round
 from mrl.types import Generation, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-TakePrompts = Callable[[int], Sequence[tuple[int, Sequence[int]]]]
-"""Called with the number of free slots; returns at most that many (index, token ids), none when the queue is empty."""
 
 _FLUSH_WAIT_S = 10.0
 _NEVER = 1 << 30
