@@ -58,7 +58,7 @@ class WandbTracker:
     """A run on Weights & Biases; a run that goes on from a checkpoint goes on there, too.
 
     Raises:
-        wandb.Error: nobody is logged in, or the service does not answer; WANDB_MODE=offline needs neither.
+        ValueError: nobody is logged in, or the service does not answer.
     """
 
     def __init__(
@@ -70,15 +70,21 @@ class WandbTracker:
         identity = run_dir / "wandb_id"
         if not (goes_on and identity.is_file()):
             identity.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=experiment,
-            config=dict(settings),
-            dir=str(run_dir),
-            id=identity.read_text(),
-            resume="allow",
-            settings=wandb.Settings(console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=experiment,
+                config=dict(settings),
+                dir=str(run_dir),
+                id=identity.read_text(),
+                resume="allow",
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"trainer.logger names wandb, which does not start: {error}. Log in (`wandb login` or WANDB_API_KEY), "
+                "set WANDB_MODE=offline, or leave it out"
+            ) from error
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         self._run.log(dict(metrics), step=step)

@@ -1,6 +1,9 @@
 """Metrics on their way to files and terminal."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,6 +55,26 @@ def test_weights_and_biases_gets_metrics_and_settings_and_a_resumed_run_goes_on(
     written = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
     assert written.count(b"reward/mean") >= 3
     assert b"train_batch_size" in written
+
+
+def test_weights_and_biases_without_a_login_says_what_to_do(tmp_path):
+    # In a process of its own: a package that was once offline stays so.
+    script = (
+        "import sys; from pathlib import Path; from mrl.observability.trackers import build_trackers; "
+        "build_trackers(['wandb'], run_dir=Path(sys.argv[1]), total_steps=1, project='p', experiment='e')"
+    )
+    logged_out = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    outcome = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**logged_out, "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 1
+    assert "ValueError: trainer.logger names wandb, which does not start: " in outcome.stderr
+    assert "WANDB_MODE=offline, or leave it out" in outcome.stderr
 
 
 def test_the_step_line_leaves_out_absent_metrics():
