@@ -157,7 +157,6 @@ ADVICE = {
 
 _LENGTHS = ("lr_warmup_steps", "lr_decay_steps", "total_training_steps")
 _VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
-_ZEROS = ("0", "0.0", "0.")
 _FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
 _NO_RECOMPUTE = {"recompute_granularity": "null", "recompute_method": "null", "recompute_num_layers": "null"}
 
@@ -209,7 +208,7 @@ def _advice(key: str) -> str | None:
 def _drop_profilers_that_are_off(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
     """Where verl's roles say that none is profiled, its steps are no wish for traces."""
     switches = [item for item in assignments if item.key.endswith(".profiler.enable")]
-    if not switches or any(item.value.lower() != "false" for item in switches):
+    if not switches or any(_plain(item.value) != "false" for item in switches):
         return assignments, []
     off = [item for item in assignments if item.key.startswith("global_profiler.") or ".profiler." in item.key]
     listed = ", ".join(f"{item.key}={item.value}" for item in off)
@@ -220,7 +219,7 @@ def _translate_null(assignments: list[Assignment]) -> tuple[list[Assignment], li
     """verl's null for a length that follows from others is -1 here."""
     keys = {f"{role}.optim.{name}" for role in ROLES for name in _LENGTHS}
     return [
-        Assignment(key=item.key, value="-1") if item.key in keys and item.value.lower() == "null" else item
+        Assignment(key=item.key, value="-1") if item.key in keys and _plain(item.value) == "null" else item
         for item in assignments
     ], []
 
@@ -231,8 +230,8 @@ def _translate_do_sample(assignments: list[Assignment]) -> tuple[list[Assignment
     switch, temperature = f"{_VALIDATION}.do_sample", f"{_VALIDATION}.temperature"
     if switch not in values:
         return assignments, []
-    samples, given = values[switch].lower() == "true", values.get(temperature)
-    if given is not None and samples == (given in _ZEROS):
+    samples, given = _truth(switch, values[switch]), values.get(temperature)
+    if given is not None and samples == _is_zero(given):
         raise ConfigError(f"{switch}={values[switch]} contradicts {temperature}={given}; keep only {temperature}")
     assignments = [item for item in assignments if item.key != switch]
     if samples:
@@ -285,6 +284,22 @@ def _translate_recompute(assignments: list[Assignment]) -> tuple[list[Assignment
 
 
 def _recompute_settings(key: str, value: str) -> dict[str, str]:
-    if value.lower() not in ("true", "false"):
+    return _FULL_RECOMPUTE if _truth(key, value) else _NO_RECOMPUTE
+
+
+def _plain(value: str) -> str:
+    """Without quotes, in lower case."""
+    return value.strip("'\"").lower()
+
+
+def _truth(key: str, value: str) -> bool:
+    if _plain(value) not in ("true", "false"):
         raise ConfigError(f"{key} = {value} must be True or False")
-    return _FULL_RECOMPUTE if value.lower() == "true" else _NO_RECOMPUTE
+    return _plain(value) == "true"
+
+
+def _is_zero(value: str) -> bool:
+    try:
+        return float(_plain(value)) == 0
+    except ValueError:
+        return False

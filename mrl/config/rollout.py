@@ -139,6 +139,8 @@ class RolloutConfig(Section):
     unfinished prompts are generated again. 0 ends the run instead."""
     enforce_eager: bool = False
     """Do without CUDA graphs."""
+    max_model_len: int | None = None
+    """Longest context of an engine, in tokens; null is what a prompt and its response need."""
     max_num_seqs: int = 256
     """Most sequences an engine runs at once."""
     max_num_batched_tokens: int = 8192

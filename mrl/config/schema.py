@@ -104,6 +104,7 @@ class PPOConfig(Section):
         self._check_lengths()
         self._check_token_limits()
         self._check_engines()
+        self._check_context()
         self._check_dtypes()
         self._check_router_replay()
         self._check_turns()
@@ -261,6 +262,14 @@ class PPOConfig(Section):
         if self.needs_critic and critic.use_dynamic_bsz:
             for key in ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"):
                 check("critic", critic, key, critic.megatron.context_parallel_size)
+
+    def _check_context(self) -> None:
+        context, needed = self.actor_rollout_ref.rollout.max_model_len, self.data.max_length
+        if context is not None and context < needed:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.max_model_len = {context} is less than data.max_prompt_length + "
+                f"data.max_response_length = {needed}: responses would be cut short; raise it, or leave it null"
+            )
 
     def _check_dtypes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor.megatron.dtype, self.actor_rollout_ref.rollout.dtype

@@ -28,6 +28,18 @@ _NO_LOSS = "no auxiliary loss is added to PPO's"
 _EXPORT = "exports are always complete and need no bridge"
 _ON_HOST = "optimizer_offload moves all of the optimizer's state, which is float32, beside other work"
 
+_LORA_DETAILS = (
+    "exclude_modules",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.exclude_modules",
+    "lora.lora_A_init_method",
+    "lora.lora_B_init_method",
+    "lora.merge",
+    "lora.target_modules",
+    "lora_alpha",
+    "target_modules",
+)
 _FAST = (
     "apply_rope_fusion",
     "attention_backend",
@@ -106,14 +118,15 @@ SUPERFLUOUS: dict[str, Superfluous] = {
     **{f"{model}.fused_kernel_options": Superfluous(_FUSED) for model in _MODELS},
     **{f"{model}.trust_remote_code": Superfluous(_CODE) for model in (*_MODELS, "data", "reward_model.model")},
     **{f"{model}.{name}": Superfluous(_NO_LORA, _ZERO) for model in _MODELS for name in ("lora.rank", "lora_rank")},
-    **{f"{model}.{name}": Superfluous(_NO_LORA) for model in _MODELS for name in ("lora", "lora_alpha")},
+    **{f"{model}.lora": Superfluous(_NO_LORA, {"null", "{}"}) for model in _MODELS},
+    **{f"{model}.{name}": Superfluous(_NO_LORA) for model in _MODELS for name in _LORA_DETAILS},
     **{f"{model}.mtp.enable": Superfluous("it is off", _FALSE) for model in _MODELS},
     f"{_ROLLOUT}.do_sample": Superfluous("the temperature decides", _TRUE),
     f"{_ROLLOUT}.enable_chunked_prefill": Superfluous("it is on, in pieces of max_num_batched_tokens", _TRUE),
     f"{_ROLLOUT}.enable_prefix_caching": Superfluous("it is on", _TRUE),
     f"{_ROLLOUT}.skip_tokenizer_init": Superfluous("engines take and give tokens", _TRUE),
     f"{_ROLLOUT}.disable_log_stats": Superfluous("engines' warnings are shown, and nothing else"),
-    f"{_ROLLOUT}.max_model_len": Superfluous("an engine's context is as long as prompt and response may be"),
+    f"{_ROLLOUT}.expert_parallel_size": Superfluous("experts are shared out as layers are", {"null"}),
     f"{_ROLLOUT}.data_parallel_size": Superfluous("engines share out the prompts, as many as there is room for"),
     f"{_ROLLOUT}.moe_tensor_parallel_size": Superfluous("it follows from expert_parallel_size"),
     f"{_ROLLOUT}.quantization": Superfluous("engines compute in the actor's type", {"null", "none"}),

@@ -135,7 +135,8 @@ class TrainerConfig(Section):
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "threads_per_rank")
         at_least(self, 1, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         at_least(self, 0, "critic_warmup", "log_val_generations", "max_restarts")
-        if "wandb" in self.logger and find_spec("wandb") is None:
+        # A folder of the same name, which a run leaves, passes for a package without an origin.
+        if "wandb" in self.logger and getattr(find_spec("wandb"), "origin", None) is None:
             raise ConfigError("logger names wandb, which is not installed: pip install wandb, or leave it out")
         self._check_phase_timeouts()
         self._check_profile()

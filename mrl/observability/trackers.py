@@ -80,6 +80,8 @@ class WandbTracker:
                 resume="allow",
                 settings=wandb.Settings(console="off"),
             )
+            # Its own steps only grow: what a run logs that went back to an older checkpoint would be thrown away.
+            self._run.define_metric("*", step_metric="step")
         except wandb.Error as error:
             raise ValueError(
                 f"trainer.logger names wandb, which does not start: {error}. Log in (`wandb login` or WANDB_API_KEY), "
@@ -87,7 +89,7 @@ class WandbTracker:
             ) from error
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
         self._run.finish()

@@ -101,7 +101,7 @@ def _start_follower(
 
 def _engine_settings(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> EngineSettings:
     rollout = config.actor_rollout_ref.rollout
-    context_length = config.data.max_length
+    context_length = rollout.max_model_len or config.data.max_length
     on_gpu = plan.device == "cuda"
     arguments = {"disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
     return EngineSettings(

@@ -33,7 +33,7 @@ class Machine:
 def find_machine(requested: str) -> Machine:
     """This host, with the requested device; see `choose_device`."""
     device = choose_device(requested)
-    host_bytes = min(psutil.virtual_memory().total, *memory_limits())
+    host_bytes = min([psutil.virtual_memory().total, *memory_limits()])
     if device == "cpu":
         return Machine(device=device, host_bytes=host_bytes)
     import pynvml

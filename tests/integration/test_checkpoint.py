@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sglang_jobs
 import torch
@@ -246,7 +247,7 @@ def test_ranges_of_the_optimizers_state_are_gathered_in_pieces(monkeypatch) -> N
     wanted = {0: [(0, 5), (30, 41)], 1: [], 2: [(5, 30)], 3: [(41, 44)]}
 
     def run() -> Tensor:
-        monkeypatch.setattr(state_gather, "PIECE_ELEMENTS", 3)
+        monkeypatch.setattr(state_gather, "PIECE_ELEMENTS", 12)
         rank, target = dist.get_rank(), torch.zeros(41)
         mine = torch.arange(10.0) + 10 * rank + 4
         state_gather.gather_ranges(target, mine, wanted[rank], 4, dist.group.WORLD, device=torch.device("cpu"))
@@ -256,6 +257,15 @@ def test_ranges_of_the_optimizers_state_are_gathered_in_pieces(monkeypatch) -> N
         places = torch.arange(41)
         mine = sum(((places >= low) & (places < high) for low, high in wanted[rank]), torch.zeros(41, dtype=torch.bool))
         assert torch.equal(target, torch.where(mine & (places >= 4), places.float(), 0.0))
+
+
+def test_zeros_of_other_ranks_parameters_take_no_memory() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    zeros = state_gather._untouched_zeros(1 << 26)
+    zeros[100:200] = 1.0
+    assert zeros[50:300].sum() == 100
+    assert process.memory_info().rss - before < zeros.nbytes / 8
 
 
 def test_parameters_are_shared_out_by_size() -> None:

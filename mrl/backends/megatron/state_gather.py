@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECE_ELEMENTS = 1 << 25
-"""Of each rank: 128 MiB of float32."""
+PIECE_ELEMENTS = 1 << 28
+"""Of all ranks together: 1 GiB of float32 on each device."""
 
 Range = tuple[int, int]
 """First element, and the one after the last."""
@@ -72,7 +73,7 @@ def _gather_owned(optimizer: Any, device: torch.device, **_: Any) -> dict[Any, A
         wanted = [each for each, mine in zip(ranges, owned[number], strict=True) if mine]
         ((dtype, buckets),) = optimizer.gbuf_ranges[number].items()
         whole: dict[str, Any] = {
-            key: torch.zeros(buffer.numel_unpadded) for key in ("param", *optimizer.optimizer_state_keys)
+            key: _untouched_zeros(buffer.numel_unpadded) for key in ("param", *optimizer.optimizer_state_keys)
         }
         for key, target in whole.items():
             begin = 0
@@ -82,6 +83,11 @@ def _gather_owned(optimizer: Any, device: torch.device, **_: Any) -> dict[Any, A
                 begin += bucket.numel_unpadded
         state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
     return state
+
+
+def _untouched_zeros(length: int) -> Tensor:
+    """[length] float32 zeros of the system, which take memory where something is written; torch writes its own."""
+    return torch.from_numpy(np.zeros(length, dtype=np.float32))
 
 
 def _own_slice(optimizer: Any, bucket: Any, params: dict[Any, Any], key: str) -> Tensor:
@@ -104,8 +110,9 @@ def gather_ranges(
         wanted: ranges of the buffer; they may reach beyond the bucket.
     """
     size, length = group.size(), mine.numel()
-    for first in range(0, length, PIECE_ELEMENTS):
-        part = mine[first : first + PIECE_ELEMENTS].to(device)
+    step = max(1, PIECE_ELEMENTS // size)
+    for first in range(0, length, step):
+        part = mine[first : first + step].to(device)
         joined = part.new_empty(part.numel() * size)
         dist.all_gather_into_tensor(joined, part, group=group)
         for rank, piece in enumerate(joined.chunk(size)):

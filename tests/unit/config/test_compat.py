@@ -71,6 +71,7 @@ VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
         (["do_sample=False"], 0.0),
         (["do_sample=False", "temperature=0"], 0.0),
         (["do_sample=True", "temperature=0.6"], 0.6),
+        (["do_sample='True'", "temperature=0.6"], 0.6),
     ],
 )
 def test_do_sample_agrees_with_the_temperature_of_validation(overrides, temperature):
@@ -78,7 +79,7 @@ def test_do_sample_agrees_with_the_temperature_of_validation(overrides, temperat
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == temperature
 
 
-@pytest.mark.parametrize(("do_sample", "temperature"), [("True", 0), ("False", 0.6)])
+@pytest.mark.parametrize(("do_sample", "temperature"), [("True", 0), ("True", "0.00"), ("False", 0.6)])
 def test_do_sample_that_contradicts_the_temperature_is_refused(do_sample, temperature):
     with pytest.raises(ConfigError, match=rf"do_sample={do_sample} contradicts .*temperature={temperature}; keep only"):
         load_config([f"{VALIDATION}.do_sample={do_sample}", f"{VALIDATION}.temperature={temperature}"])

@@ -162,6 +162,10 @@ def test_the_key_table_is_up_to_date():
         ("actor_rollout_ref.rollout.response_length=9", r"response_length = 9 and data\.max_response_length = 512"),
         ("actor_rollout_ref.rollout.num_engines=5", r"5 engine\(s\) of tensor_model_parallel_size = 2 need 10 ranks"),
         (
+            "actor_rollout_ref.rollout.max_model_len=1023",
+            r"max_model_len = 1023 is less than data\.max_prompt_length \+ data\.max_response_length = 1024",
+        ),
+        (
             "actor_rollout_ref.rollout.dtype=float32",
             r"actor\.megatron\.dtype = bfloat16, but actor_rollout_ref\.rollout\.dtype = float32: .* both to the same",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -32,6 +33,12 @@ def test_what_control_groups_grant_is_known(tmp_path, groups, files, limits):
         (root / name).write_text(text)
     assert memory_limits(root, process) == limits
     assert memory_limits(root, tmp_path / "gone") == []
+
+
+@pytest.mark.parametrize(("limits", "granted"), [([], None), ([1000, 3000], 1000)])
+def test_a_host_has_what_its_control_groups_grant_if_anything_limits_it(monkeypatch, limits, granted):
+    monkeypatch.setattr(machine, "memory_limits", lambda: limits)
+    assert machine.find_machine("cpu").host_bytes == (granted or psutil.virtual_memory().total)
 
 
 @pytest.mark.parametrize(
