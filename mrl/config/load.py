@@ -36,6 +36,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "ppo_megatron_
     Raises:
         ConfigError: malformed overrides, unknown keys, wrong types, contradictions.
     """
+    config_name = config_name.removesuffix(".yaml")
     assignments, choices = _parse(overrides)
     assignments, notes = translate(assignments)
     require_known([item.key for item in assignments if not is_section_path(item.key)])

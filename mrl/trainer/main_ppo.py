@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(rank=0)
     try:
-        config = load_config(arguments.overrides, arguments.config_name.removesuffix(".yaml"))
+        config = load_config(arguments.overrides, arguments.config_name)
     except ConfigError as error:
         logger.error("%s", error)
         return 2
