@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 from mrl import __version__
 
@@ -31,6 +32,8 @@ def main() -> int:
     if arguments[0] not in _COMMANDS:
         sys.stderr.write(f"mrl: unknown command {arguments[0]!r}\n{_usage()}")
         return 2
+    # Of other packages' sources, when they are compiled first.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     # Imported late: the commands differ by 15 s of imports.
     module = importlib.import_module(_COMMANDS[arguments[0]][0])
     return int(module.main(arguments[1:]))

@@ -128,7 +128,9 @@ def _write_in_child(paths: EmbeddedPaths) -> None:
 def _write(paths: EmbeddedPaths) -> None:
     # Imported here: in the child only.
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3MoeForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         actor = Qwen2ForCausalLM(_actor_config())
