@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mrl.config.assignment import Assignment
+from mrl.config.assignment import Assignment, find_nearest
 from mrl.config.errors import ConfigError
 from mrl.config.keys import suggest_keys
 from mrl.config.superfluous import drop_superfluous
@@ -188,7 +188,7 @@ def translate(assignments: list[Assignment]) -> tuple[list[Assignment], list[str
 def explain_unknown(key: str) -> str:
     """One line about a key that does not exist: what replaced it, or which known ones are nearest."""
     target = ALIASES.get(key)
-    advice = f"set {target}" if target else _advice(key)
+    advice = f"set {target}" if target else find_nearest(ADVICE, key)
     if advice:
         return f"unknown key {key}: {advice}"
     nearest = suggest_keys(key)
@@ -196,19 +196,10 @@ def explain_unknown(key: str) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def _advice(key: str) -> str | None:
-    """What is said of the key or of the nearest section around it."""
-    while key:
-        if key in ADVICE:
-            return ADVICE[key]
-        key = key.rpartition(".")[0]
-    return None
-
-
 def _drop_profilers_that_are_off(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
     """Where verl's roles say that none is profiled, its steps are no wish for traces."""
     switches = [item for item in assignments if item.key.endswith(".profiler.enable")]
-    if not switches or any(_plain(item.value) != "false" for item in switches):
+    if not switches or any(item.plain != "false" for item in switches):
         return assignments, []
     off = [item for item in assignments if item.key.startswith("global_profiler.") or ".profiler." in item.key]
     listed = ", ".join(f"{item.key}={item.value}" for item in off)
@@ -219,24 +210,25 @@ def _translate_null(assignments: list[Assignment]) -> tuple[list[Assignment], li
     """verl's null for a length that follows from others is -1 here."""
     keys = {f"{role}.optim.{name}" for role in ROLES for name in _LENGTHS}
     return [
-        Assignment(key=item.key, value="-1") if item.key in keys and _plain(item.value) == "null" else item
+        Assignment(key=item.key, value="-1") if item.key in keys and item.plain == "null" else item
         for item in assignments
     ], []
 
 
 def _translate_do_sample(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
     """Greedy validation is temperature 0; ConfigError where switch and temperature contradict each other."""
-    values = {item.key: item.value for item in assignments}
-    switch, temperature = f"{_VALIDATION}.do_sample", f"{_VALIDATION}.temperature"
-    if switch not in values:
+    items = {item.key: item for item in assignments}
+    temperature = f"{_VALIDATION}.temperature"
+    switch, given = items.get(f"{_VALIDATION}.do_sample"), items.get(temperature)
+    if switch is None:
         return assignments, []
-    samples, given = _truth(switch, values[switch]), values.get(temperature)
-    if given is not None and samples == _is_zero(given):
-        raise ConfigError(f"{switch}={values[switch]} contradicts {temperature}={given}; keep only {temperature}")
-    assignments = [item for item in assignments if item.key != switch]
-    if samples:
-        return assignments, [f"{switch}={values[switch]} needs no setting here: {temperature} decides"]
-    return [*assignments, Assignment(key=temperature, value="0")], [f"{switch}={values[switch]} -> {temperature}=0"]
+    told = f"{switch.key}={switch.value}"
+    if given is not None and switch.truth == given.is_zero:
+        raise ConfigError(f"{told} contradicts {temperature}={given.value}; keep only {temperature}")
+    assignments = [item for item in assignments if item is not switch]
+    if switch.truth:
+        return assignments, [f"{told} needs no setting here: {temperature} decides"]
+    return [*assignments, Assignment(key=temperature, value="0")], [f"{told} -> {temperature}=0"]
 
 
 def _translate_aliases(assignments: list[Assignment]) -> tuple[list[Assignment], list[str]]:
@@ -275,31 +267,9 @@ def _translate_recompute(assignments: list[Assignment]) -> tuple[list[Assignment
         if granularity in values:
             notes.append(f"{old}={values[old]} is ignored: {granularity}={values[granularity]} decides")
             continue
-        settings = _recompute_settings(old, values[old])
+        settings = _FULL_RECOMPUTE if Assignment(key=old, value=values[old]).truth else _NO_RECOMPUTE
         added = [Assignment(key=f"{section}.{name}", value=value) for name, value in settings.items()]
         assignments = [*added, *assignments]
         listed = ", ".join(f"{name}={value}" for name, value in settings.items())
         notes.append(f"{old}={values[old]} -> {section}: {listed}")
     return assignments, notes
-
-
-def _recompute_settings(key: str, value: str) -> dict[str, str]:
-    return _FULL_RECOMPUTE if _truth(key, value) else _NO_RECOMPUTE
-
-
-def _plain(value: str) -> str:
-    """Without quotes, in lower case."""
-    return value.strip("'\"").lower()
-
-
-def _truth(key: str, value: str) -> bool:
-    if _plain(value) not in ("true", "false"):
-        raise ConfigError(f"{key} = {value} must be True or False")
-    return _plain(value) == "true"
-
-
-def _is_zero(value: str) -> bool:
-    try:
-        return float(_plain(value)) == 0
-    except ValueError:
-        return False

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mrl.config.assignment import Assignment
+from mrl.config.assignment import Assignment, find_nearest
 
 _MODELS = ("actor_rollout_ref.model", "critic.model")
 _MEGATRON = ("actor_rollout_ref.actor.megatron", "actor_rollout_ref.ref.megatron", "critic.megatron")
@@ -67,10 +67,6 @@ class Superfluous:
     reason: str
     values: Collection[str] | None = None
     """That may be dropped, in lower case; None is any."""
-
-    def covers(self, value: str) -> bool:
-        """Whether nothing is lost without this value."""
-        return self.values is None or value.strip("'\"").lower() in self.values
 
 
 _FALSE, _TRUE, _MEGATRON_ALONE, _ZERO = {"false"}, {"true"}, {"megatron"}, {"0", "0.0", "null"}
@@ -151,18 +147,10 @@ def drop_superfluous(assignments: list[Assignment]) -> tuple[list[Assignment], l
     kept: list[Assignment] = []
     dropped: dict[str, list[str]] = defaultdict(list)
     for item in assignments:
-        found = _nearest(item.key)
-        if found is not None and found.covers(item.value):
+        found = find_nearest(SUPERFLUOUS, item.key)
+        if found is not None and (found.values is None or item.plain in found.values):
             dropped[found.reason].append(f"{item.key}={item.value}")
         else:
             kept.append(item)
     listed = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in dropped.items())
     return kept, [f"keys of verl's that need no setting here: {listed}"] if listed else []
-
-
-def _nearest(key: str) -> Superfluous | None:
-    while key:
-        if key in SUPERFLUOUS:
-            return SUPERFLUOUS[key]
-        key = key.rpartition(".")[0]
-    return None

@@ -33,7 +33,7 @@ class Machine:
 def find_machine(requested: str) -> Machine:
     """This host, with the requested device; see `choose_device`."""
     device = choose_device(requested)
-    host_bytes = min([psutil.virtual_memory().total, *memory_limits()])
+    host_bytes = host_memory()
     if device == "cpu":
         return Machine(device=device, host_bytes=host_bytes)
     import pynvml
@@ -41,6 +41,11 @@ def find_machine(requested: str) -> Machine:
     pynvml.nvmlInit()
     memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
     return Machine(device=device, host_bytes=host_bytes, gpu_bytes=int(memory.total))
+
+
+def host_memory() -> int:
+    """Main memory of this host that its jobs may use, in bytes."""
+    return min([psutil.virtual_memory().total, *memory_limits()])
 
 
 def memory_limits(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:

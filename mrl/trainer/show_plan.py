@@ -7,13 +7,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-import psutil
-
 from mrl.config.errors import ConfigError
 from mrl.config.load import load_config
 from mrl.observability.console import setup_logging, show_table
 from mrl.scale.command import add_arguments, check_shape_options, read_request, show_shape
-from mrl.trainer.machine import Machine, find_machine
+from mrl.trainer.machine import Machine, find_machine, host_memory
 from mrl.trainer.plan import plan_run
 
 logger = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _machine(gpu_gib: float | None, host_gib: float | None, requested: str) -> Machine:
-    host_bytes = int(host_gib * _GIB) if host_gib else psutil.virtual_memory().total
+    host_bytes = int(host_gib * _GIB) if host_gib else host_memory()
     if gpu_gib is not None:
         return Machine(device="cuda", host_bytes=host_bytes, gpu_bytes=int(gpu_gib * _GIB))
     return replace(find_machine(requested), host_bytes=host_bytes)
