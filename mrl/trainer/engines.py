@@ -101,7 +101,6 @@ def _start_follower(
 
 def _engine_settings(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> EngineSettings:
     rollout = config.actor_rollout_ref.rollout
-    context_length = rollout.max_model_len or config.data.max_length
     on_gpu = plan.device == "cuda"
     arguments = {"disable_cuda_graph": rollout.enforce_eager} if on_gpu else {}
     return EngineSettings(
@@ -109,9 +108,9 @@ def _engine_settings(config: PPOConfig, plan: RunPlan, env: RankEnvironment) -> 
         tp_size=plan.rollout_tp,
         dtype=rollout.dtype,
         device=plan.device,
-        context_length=context_length,
+        context_length=rollout.max_model_len or config.data.max_length,
         max_running_requests=rollout.max_num_seqs,
-        max_total_tokens=None if on_gpu else rollout.max_num_seqs * (context_length + 1),
+        max_total_tokens=None if on_gpu else rollout.max_num_seqs * (config.data.max_length + 1),
         mem_fraction_static=rollout.gpu_memory_utilization if on_gpu else None,
         alias_weights=rollout.alias_weights,
         # The same for all parts of an engine: that of its first rank.
